@@ -1,0 +1,119 @@
+"""The embedded default patient: a small model with planted memories and taught reasoning."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from curvature.populations import Document, Population
+from evals.evalset import EvalSet, Item, Material
+from evals.organism import world
+
+MODEL = Path(__file__).parent / "model"
+
+
+def organism_seed(folder: Path = MODEL) -> int:
+    """The seed of the world that a model was trained in; raises ValueError where today's generator makes another world."""
+    record = folder / "training.json"
+    if not record.exists():
+        raise ValueError(f"{record} is missing: train the organism with `python -m evals.organism.train`")
+    training = json.loads(record.read_text())
+    seed = training["settings"]["seed"]
+    if world.world_hash(seed) != training["world_sha256"]:
+        raise ValueError(
+            f"{record}: the world of seed {seed} has changed since this organism was trained; train it again with "
+            "`python -m evals.organism.train`"
+        )
+    return seed
+
+
+def _documents(texts: Sequence[str]) -> tuple[Document, ...]:
+    return tuple(Document("", text) for text in texts)
+
+
+def _evalset(seed: int, split: str, families: Sequence[str], n: int) -> EvalSet:
+    memories: list[Item] = []
+    knowledge: dict[bool, list[Item]] = {True: [], False: []}
+    for item in world.items(seed):
+        entry = Item(
+            item.id,
+            item.family,
+            item.prompt,
+            item.target,
+            exposure=item.exposure,
+            late=item.late,
+            well_exposed=item.exposure >= world.WELL_EXPOSED,
+            targeted=item.family in families,
+            forms=item.forms,
+        )
+        if item.family == "knowledge":
+            # the edit never sees unlisted knowledge, so all that is not for tuning is for the test
+            part = "tune" if item.split == "tune" else "test"
+            if item.exposure and (item.listed or part == split):
+                knowledge[item.listed].append(entry)
+        elif item.split == split:
+            memories.append(entry)
+    rng = world.stream(seed, f"clean:{split}")
+    clean = tuple(world.language(rng) for _ in range(max(n, 50)))
+    return EvalSet(
+        split,  # type: ignore[arg-type]
+        tuple(memories),
+        tuple(knowledge[True]),
+        tuple(knowledge[False]),
+        {task: tuple(world.problems(seed, task, n, split)) for task in world.TASKS},
+        Population("language", "reference", clean, f"grammar sentences of world {seed}, {split} split"),
+        aside=("arithmetic",),
+    )
+
+
+def material(
+    seed: int,
+    *,
+    families: Sequence[str] = ("passage", "fact"),
+    problems: int = 200,
+    keep_problems: int = 400,
+    heal_documents: int = 12000,
+) -> Material:
+    """The organism's populations and held-out items.
+
+    families: which memory families are given to the edit; the other one is then untargeted. problems: per task, for the
+    judge. keep_problems: per task, for the keep population.
+    """
+    unknown = set(families) - {"passage", "fact"}
+    if unknown or not families:
+        raise ValueError(f"families {list(families)}: expected one or both of passage, fact")
+    all_items = world.items(seed)
+    edit = [i for i in all_items if i.split == "edit" and i.family in families and i.exposure]
+    listed = [i for i in all_items if i.listed]
+    reasoning = [d for t in world.TASKS for d in world.problems(seed, t, keep_problems, "edit")]
+    rng = world.stream(seed, "reference:edit")
+    language = tuple(world.language(rng) for _ in range(1000))
+    fresh = world.fresh_documents(seed, "heal")
+    healing: list[Document] = []
+    while len(healing) < heal_documents:
+        kind, document = next(fresh)
+        if kind != "unanswerable":
+            healing.append(document)
+    about = f"world {seed}"
+    facts = tuple(Document(p, t) for i in listed for p, t in i.forms.values())
+    return Material(
+        memorized=Population(
+            "memories", "memorized", _documents([t for i in edit for t in i.texts]), f"{about}, edit split"
+        ),
+        keep=Population(
+            "reasoning, language and listed knowledge",
+            "reasoning",
+            (*reasoning, *facts, *language),
+            f"{about}, edit split",
+        ),
+        reference=Population("language", "reference", language, f"grammar sentences of {about}, edit split"),
+        relearn=Population(
+            "relearning", "memorized", _documents([t for i in edit for t in i.texts]), f"{about}, edit split"
+        ),
+        heal=Population(
+            "fresh problems and language", "reasoning", tuple(healing), f"{about}, drawn afresh, no memories in it"
+        ),
+        tune=_evalset(seed, "tune", families, min(problems, 100)),
+        test=_evalset(seed, "test", families, problems),
+    )
