@@ -1,0 +1,165 @@
+"""Running a causal language model for its derivatives: exact restoration, a forward pass in two halves, label noise.
+
+No attention mask is passed: rows are padded on the right, and under a causal model nothing after a token reaches it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import nn
+
+from curvature.populations import Batch
+
+Labels = Literal["sampled", "gold", "margin"]
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module, *, frozen: bool = False) -> Iterator[None]:
+    """Evaluation mode (and, with `frozen`, no weight requiring a gradient) inside; on leaving, every module's mode, every
+    weight's `requires_grad` and every `.grad` are what they were, whatever happened."""
+    modes = [(module, module.training) for module in model.modules()]
+    grads = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    try:
+        model.eval()
+        if frozen:
+            for parameter, _, _ in grads:
+                parameter.requires_grad_(False)
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for parameter, required, grad in grads:
+            parameter.requires_grad_(required)
+            parameter.grad = grad
+
+
+def check_labels(labels: str) -> None:
+    if labels not in get_args(Labels):
+        raise ValueError(f"unknown labels {labels!r}: expected one of {', '.join(get_args(Labels))}")
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where inputs go: the device of the input embeddings (of the first parameter where there are none)."""
+    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else model
+    return next(embeddings.parameters()).device
+
+
+class CausalForward:
+    """A causal LM as `hidden(ids)` [rows, width, d] followed by `logits(hidden)` [n, vocabulary] at chosen positions.
+
+    So logits are made only where they are needed, in chunks. Whether the model's own logits equal the head applied to the
+    hidden states (up to a final soft cap, read from its configuration) is checked on a few tokens; where it does not hold,
+    `hidden` is the full logits and `logits` the identity: the same numbers, more memory.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.head: nn.Module | None = None
+        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        body = getattr(model, "base_model", model)
+        if head is None or body is model:
+            return
+        config: Any = getattr(model, "config", None)
+        config = config.get_text_config() if hasattr(config, "get_text_config") else config
+        self.cap = getattr(config, "final_logit_softcapping", None)
+        self.head, self.body = head, body
+        probe = torch.arange(8, device=device_of(model))[None] % _vocabulary(self)
+        with torch.no_grad():
+            expected = model(input_ids=probe, use_cache=False).logits.float()
+            try:
+                found = self.logits(self.hidden(probe)[0]).float()
+            except (AttributeError, RuntimeError):
+                found = expected.new_full((1,), float("nan"))
+        if found.shape != expected[0].shape or not torch.allclose(found, expected[0], rtol=1e-3, atol=1e-3):
+            self.head = None
+
+    def hidden(self, ids: torch.Tensor) -> torch.Tensor:
+        if self.head is None:
+            return self.model(input_ids=ids, use_cache=False).logits
+        return self.body(input_ids=ids, use_cache=False).last_hidden_state
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        if self.head is None:
+            return hidden
+        logits = self.head(hidden)
+        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+
+
+def label_noise(seed: int, first_row: int, rows: int, width: int) -> torch.Tensor:
+    """Uniform numbers [rows, width] that depend on the seed, the row's number in the stream and the position alone, so that
+    sampled labels do not change with batch size, padding, device or number of processes."""
+    noise = np.stack([np.random.default_rng([seed, first_row + k]).random(width) for k in range(rows)])
+    return torch.from_numpy(noise)
+
+
+def loss_gradient(
+    logits: torch.Tensor, targets: torch.Tensor, noise: torch.Tensor | None, labels: Labels
+) -> torch.Tensor:
+    """d loss / d logits [n, vocabulary], fp32, of the sum-reduced loss.
+
+    `gold`: cross-entropy of the targets. `sampled`: cross-entropy of labels drawn from the model's own distribution by inverse
+    transform of `noise` (the Fisher's gradient). `margin`: m = z_y - max_{j != y} z_j.
+    """
+    z = logits.float()
+    if labels == "margin":
+        rivals = z.scatter(1, targets[:, None], float("-inf")).argmax(1, keepdim=True)
+        gradient = torch.zeros_like(z)
+        gradient.scatter_(1, rivals, -1.0)
+        return gradient.scatter_(1, targets[:, None], 1.0)
+    gradient = z.softmax(-1)
+    if labels == "sampled":
+        assert noise is not None
+        steps = gradient.cumsum(-1)
+        draw = noise.to(steps.dtype)[:, None] * steps[:, -1:]
+        targets = torch.searchsorted(steps, draw, right=True).clamp_(max=z.shape[1] - 1)[:, 0]
+    return gradient.scatter_add_(1, targets[:, None], torch.full_like(targets[:, None], -1, dtype=z.dtype))
+
+
+CHUNK = 1 << 25
+"""Largest number of logits that stand in memory at a time."""
+
+
+def backward_from_loss(
+    forward: CausalForward,
+    batch: Batch,
+    labels: Labels,
+    noise: torch.Tensor | None,
+    *,
+    where: str,
+    running: Callable[[], AbstractContextManager] = nullcontext,
+) -> None:
+    """One forward and one backward pass of the sum-reduced loss over the batch's predicting positions.
+
+    Gradients flow to whatever requires them; `running` is entered around the backward pass through the body. Raises ValueError on non-finite logits (`where` names the batch).
+    """
+    device = device_of(forward.model)
+    hidden = forward.hidden(batch.ids.to(device))
+    predicting = batch.predicting
+    rows, positions = predicting.nonzero(as_tuple=True)
+    targets = batch.ids[rows, positions + 1].to(hidden.device)
+    drawn = None if noise is None else noise[rows, positions].to(hidden.device)
+    chosen = hidden[rows.to(hidden.device), positions.to(hidden.device)]
+    leaf = chosen.detach().requires_grad_()
+    width = hidden.shape[-1] if forward.head is None else _vocabulary(forward)
+    step = max(1, CHUNK // width)
+    for start in range(0, len(leaf), step):
+        part = slice(start, start + step)
+        logits = forward.logits(leaf[part])
+        if not torch.isfinite(logits).all():
+            raise ValueError(f"non-finite logits in {where}: the model or its inputs are broken")
+        z = targets[part].to(logits.device)
+        u = None if drawn is None else drawn[part].to(logits.device)
+        logits.backward(loss_gradient(logits.detach(), z, u, labels).to(logits.dtype))
+    if chosen.requires_grad:
+        with running():
+            chosen.backward(leaf.grad)
+
+
+def _vocabulary(forward: CausalForward) -> int:
+    assert forward.head is not None
+    return forward.head.weight.shape[0]  # type: ignore[union-attr, return-value, index]
