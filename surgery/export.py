@@ -1,0 +1,201 @@
+"""Write an ordinary Hugging Face folder, load it back, and only then let it stand."""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+PROBE_TEXT = "The quick brown fox jumps over the lazy dog. 0123456789"
+
+
+def check_exportable(model: nn.Module) -> None:
+    """Raise ValueError for what would make `save_pretrained` fail or lie, before any long work.
+
+    Refused: models that are not `PreTrainedModel`s, quantized weights, weights on the meta device
+    (offloaded), and a generation config that transformers will not save (`temperature` or `top_p`
+    without `do_sample`, for one).
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"{type(model).__name__} is not a transformers model, so it has no checkpoint format"
+        )
+    if getattr(model.config, "quantization_config", None) is not None or getattr(
+        model, "is_quantized", False
+    ):
+        raise ValueError(
+            "the model's weights are quantized: load it without quantization, operate, and "
+            "quantize the result"
+        )
+    meta = [name for name, p in model.named_parameters() if p.is_meta]
+    if meta:
+        raise ValueError(
+            f"{meta[0]} is offloaded and cannot be saved: load the model on devices that hold it "
+            "whole"
+        )
+    if model.generation_config is not None:
+        try:
+            model.generation_config.validate(strict=True)
+        except ValueError as error:
+            raise ValueError(
+                "the model's generation config cannot be saved; correct generation_config.json "
+                "first "
+                "(often: set do_sample to true or drop temperature, top_p, top_k): "
+                f"{' '.join(str(error).split())}"
+            ) from error
+
+
+def check_folder(folder: str | Path, overwrite: bool) -> Path:
+    """The folder as a path. Raises ValueError where something stands there and may not be
+    replaced.
+    """
+    folder = Path(folder)
+    if folder.exists() and not overwrite:
+        raise ValueError(f"{folder} exists: choose another folder or allow overwriting")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file, expected a folder")
+    return folder
+
+
+def probe_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """[2, n] token ids to compare logits on: a sentence, and tokens spread over the vocabulary."""
+    embeddings: Any = model.get_input_embeddings()
+    size = embeddings.weight.shape[0]
+    text = [k for k in tokenizer(PROBE_TEXT)["input_ids"] if k < size][:48]
+    n = max(len(text), 8)
+    spread = torch.linspace(0, size - 1, n).long()
+    ids = torch.stack([torch.tensor((text * n)[:n]) if text else spread.flip(0), spread])
+    # Image and audio placeholders would ask for inputs that are not there.
+    for name in ("image_token_id", "audio_token_id", "boi_token_id", "eoi_token_id"):
+        special = getattr(model.config, name, None)
+        if isinstance(special, int):
+            ids[ids == special] = 0
+    return ids
+
+
+@torch.no_grad()
+def check_round_trip(
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    trust_remote_code: bool = False,
+) -> None:
+    """Load `folder` with AutoModelForCausalLM and compare with `model`: keys, every weight, logits,
+    tokenizer.
+
+    Raises ValueError on missing, unexpected or mismatched keys, on any weight that is not equal bit
+    by bit, on another dtype, on logits that differ by more than the rounding of the dtype, and on a
+    tokenizer that encodes otherwise.
+    """
+    loading: Any = AutoModelForCausalLM.from_pretrained(
+        folder,
+        output_loading_info=True,
+        dtype="auto",
+        attn_implementation=model.config._attn_implementation,
+        trust_remote_code=trust_remote_code,
+        local_files_only=True,
+    )
+    loaded, info = loading
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info.get(kind):
+            raise ValueError(
+                f"{folder} does not load back whole: {kind.replace('_', ' ')} "
+                f"{sorted(map(str, info[kind]))[:5]}"
+            )
+    if info.get("error_msgs"):
+        raise ValueError(f"{folder} does not load back: {info['error_msgs'][0]}")
+    ours, theirs = dict(model.named_parameters()), dict(loaded.named_parameters())
+    if set(ours) != set(theirs):
+        odd = sorted(set(ours) ^ set(theirs))
+        raise ValueError(f"{folder} loads back with other parameters: {', '.join(odd[:5])}")
+    for name, weight in ours.items():
+        if theirs[name].dtype != weight.dtype or not torch.equal(
+            theirs[name].to(weight.device), weight
+        ):
+            raise ValueError(
+                f"{folder} loads back with another {name} ({theirs[name].dtype}, in memory "
+                f"{weight.dtype})"
+            )
+    device = next(model.parameters()).device
+    loaded = loaded.to(device).eval()
+    was_training = model.training
+    model.eval()
+    ids = probe_ids(model, tokenizer).to(device)
+    expected = model(input_ids=ids, use_cache=False).logits.float()
+    got = loaded(input_ids=ids, use_cache=False).logits.float()
+    model.train(was_training)
+    tolerance = 4 * torch.finfo(model.dtype).eps * max(float(expected.abs().max()), 1.0)
+    if not torch.isfinite(expected).all() or float((expected - got).abs().max()) > tolerance:
+        raise ValueError(
+            f"{folder} loads back with other logits (largest difference "
+            f"{float((expected - got).abs().max()):g}): "
+            "the checkpoint would not be the model that was judged"
+        )
+    again = AutoTokenizer.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=trust_remote_code
+    )
+    if again(PROBE_TEXT)["input_ids"] != tokenizer(PROBE_TEXT)["input_ids"]:
+        raise ValueError(f"{folder}: the tokenizer loads back and encodes otherwise")
+    if again.chat_template != tokenizer.chat_template:
+        raise ValueError(f"{folder}: the tokenizer lost its chat template")
+
+
+def export(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    card: str,
+    *,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+    max_shard_size: str = "5GB",
+    trust_remote_code: bool = False,
+) -> dict[str, int]:
+    """Write weights, config, generation config, tokenizer and model card to `folder` and prove that
+    they load back.
+
+    dtype: what the weights are written in; the model's own where None (give the dtype that the
+    patient was loaded from: bf16 in, bf16 out). All is written to a temporary folder beside
+    `folder`, checked (`check_round_trip`), and renamed; whatever fails, nothing half-written stays
+    and an existing folder is left as it was. Returns {"bytes": size of the weight files,
+    "parameters": count}. Raises ValueError for what `check_exportable`, `check_folder` and
+    `check_round_trip` refuse; OSError (a full disk) passes through.
+    """
+    check_exportable(model)
+    folder = check_folder(folder, overwrite)
+    if dtype is not None and dtype != model.dtype:
+        copied: Any = copy.deepcopy(model)
+        model = copied.to(dtype)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    mark = uuid.uuid4().hex[:8]
+    temporary = folder.parent / f".{folder.name}.{mark}.partial"
+    try:
+        model.save_pretrained(temporary, max_shard_size=max_shard_size)
+        tokenizer.save_pretrained(temporary)
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+        check_round_trip(temporary, model, tokenizer, trust_remote_code)
+        if folder.exists():
+            replaced = folder.parent / f".{folder.name}.{mark}.replaced"
+            os.replace(folder, replaced)
+            os.replace(temporary, folder)
+            shutil.rmtree(replaced)
+        else:
+            os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return {
+        "bytes": sum(f.stat().st_size for f in folder.glob("*.safetensors")),
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }

@@ -1,0 +1,116 @@
+"""Rankings: what goes first. One small file per method; `RANKINGS` is the registry, `plan_surgery`
+the one call.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from curvature.artifacts import model_sha256
+from curvature.factors import Factors
+from curvature.populations import Batch
+from curvature.targets import Target, mlp_blocks
+from surgery.plan import Plan
+from surgery.rankings import contrast, kfac, magnitude, neurons, random, wanda
+from surgery.rankings.base import Operation, Ranking, mix_factors
+
+RANKINGS: dict[str, Ranking] = {
+    module.RANKING.name: module.RANKING
+    for module in (
+        kfac,
+        neurons,
+        contrast,
+        random,
+        magnitude,
+        wanda,
+    )
+}
+
+MEMORIZED = "memorized"
+
+
+def plan_surgery(
+    model: nn.Module,
+    method: str,
+    factors: Mapping[str, Mapping[str, Factors]],
+    *,
+    strength: float | None = None,
+    seed: int = 0,
+    targets: Sequence[Target] = (),
+    layers: Sequence[int] | None = None,
+    keep: Mapping[str, float] | None = None,
+    batches: Mapping[str, Sequence[Batch]] | None = None,
+    model_hash: str | None = None,
+    **settings: Any,
+) -> Plan:
+    """Rank the components of `model` by `method` and plan their removal.
+
+    factors: by population, then by target name; the population `memorized` is what must go, every
+    other one is kept, mixed with the weights `keep` (equal by default). targets: matrices to edit
+    (edit methods). layers: decoder layers whose neurons are ranked (neuron methods; all by
+    default). strength: see `RANKINGS[method].strength`. batches: token batches by population for
+    the methods that need gradients (`needs_batches`). model_hash: `model_sha256(model)` where the
+    caller has it already. settings: see `RANKINGS[method].settings`.
+
+    Raises ValueError on an unknown method or setting, a strength out of bounds, and a population
+    that the method needs and that was not given.
+    """
+    if method not in RANKINGS:
+        raise ValueError(f"unknown ranking {method!r}: expected one of {', '.join(RANKINGS)}")
+    ranking = RANKINGS[method]
+    unknown = sorted(set(settings) - set(ranking.settings))
+    if unknown:
+        raise ValueError(
+            f"ranking {method} has no setting {', '.join(unknown)}: expected some of "
+            f"{', '.join(ranking.settings) or 'none'}"
+        )
+    strength = ranking.default if strength is None else strength
+    low, high = ranking.bounds
+    if not (math.isfinite(strength) and low <= strength <= high):
+        raise ValueError(
+            f"{method}: strength {strength:g} is out of bounds: expected {low:g} to {high:g}"
+        )
+    chosen = {**ranking.settings, **settings}
+    if chosen.get("grain") not in (None, "neurons", "weights"):
+        raise ValueError(
+            f"{method}: grain {chosen['grain']!r} is unknown: expected neurons or weights"
+        )
+    if ranking.needs_memorized and MEMORIZED not in factors:
+        raise ValueError(
+            f"{method} needs the memorized population, which was not given: give --memorized or "
+            "another method"
+        )
+    for name in ranking.needs_batches:
+        if not batches or name not in batches:
+            raise ValueError(
+                f"{method} needs token batches of the {name} population, which were not given"
+            )
+    kept = {name: f for name, f in factors.items() if name != MEMORIZED}
+    if ranking.needs_factors and not kept:
+        raise ValueError(f"{method} needs the factors of a keep population, which were not given")
+    operation = Operation(
+        model,
+        tuple(targets),
+        tuple(mlp_blocks(model, layers)),
+        mix_factors(kept, keep) if kept else {},
+        factors.get(MEMORIZED, {}),
+        strength,
+        seed,
+        chosen,
+        dict(batches or {}),
+    )
+    cut = ranking.cut(operation)
+    record = {
+        "strength": strength,
+        "seed": seed,
+        "targets": [target.name for target in targets],
+        "layers": None if layers is None else list(layers),
+        "keep": None if keep is None else dict(keep),
+        **chosen,
+    }
+    sha256 = model_hash if model_hash is not None else model_sha256(model)
+    return Plan(method, cut.kind, sha256, record, cut.tensors, cut.removed, cut.total)

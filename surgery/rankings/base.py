@@ -1,0 +1,252 @@
+"""What every ranking gets (`Operation`) and gives back (`Cut`), and the loops over targets and MLP
+blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from curvature.eigenbases import eigh
+from curvature.factors import Factors
+from curvature.populations import Batch
+from curvature.targets import MlpBlock, Target
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One call of a ranking: the patient, where to look, what was measured, how strongly to cut.
+
+    keep: factors of what must stay, the mean of all keep populations. memorized: factors of what
+    must go (may be empty). batches: token batches by population name, for methods that need
+    gradients of their own.
+    """
+
+    model: nn.Module
+    targets: tuple[Target, ...]
+    blocks: tuple[MlpBlock, ...]
+    keep: Mapping[str, Factors]
+    memorized: Mapping[str, Factors]
+    strength: float
+    seed: int
+    settings: Mapping[str, Any]
+    batches: Mapping[str, Sequence[Batch]] = field(default_factory=dict)
+    memo: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+    def eigh(self, matrix: torch.Tensor, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Eigenvalues (descending, clamped at 0) and eigenvectors of one factor; gate and up share
+        theirs.
+        """
+        if id(matrix) not in self.memo:
+            basis = eigh(matrix, name)
+            # The matrix is kept with its result so that its id cannot be given to another tensor.
+            self.memo[id(matrix)] = (basis.values.flip(0), basis.vectors.flip(1), matrix)
+        values, vectors, _ = self.memo[id(matrix)]
+        return values, vectors
+
+    def generator(self, name: str) -> torch.Generator:
+        """A generator that depends on the seed and the name of its purpose alone."""
+        offset = sum((k + 1) * byte for k, byte in enumerate(name.encode()))
+        return torch.Generator().manual_seed(self.seed * 1_000_003 + offset)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What a ranking decided: tensors as `Plan.tensors` has them, and how many components of how
+    many go.
+    """
+
+    kind: Literal["edit", "neurons", "layers", "low_rank"]
+    tensors: dict[str, torch.Tensor]
+    removed: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """A method in the registry.
+
+    strength: what its number means. default: the value used where none is given. weaker: whether a
+    lower or a higher number cuts less. span: sensible ends for a search, weak to strong. log:
+    whether to search on a logarithmic axis.
+    """
+
+    name: str
+    cut: Callable[[Operation], Cut]
+    strength: str
+    default: float
+    span: tuple[float, float]
+    log: bool = False
+    needs_memorized: bool = False
+    needs_factors: bool = True
+    needs_batches: tuple[str, ...] = ()
+    bounds: tuple[float, float] = (0.0, 1.0)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+EditOne = Callable[[Operation, Target, torch.Tensor], tuple[torch.Tensor | None, int, int]]
+"""(operation, target, weight fp32 [d_out, d_in]) -> (new weight or None where nothing changes,
+removed, total).
+"""
+
+ScoreOne = Callable[[Operation, MlpBlock], torch.Tensor]
+"""(operation, block) -> one fp32 score per neuron, low goes first."""
+
+
+def weight_of(target: Target) -> torch.Tensor:
+    """The target's weight in fp32, [d_out, d_in], detached."""
+    return target.weight.detach().float()
+
+
+def coupled_of(factors: Mapping[str, Factors], target: Target) -> tuple[torch.Tensor, torch.Tensor]:
+    """A' and G' of a target. Raises ValueError where they were not collected."""
+    found = factors[target.name]
+    if found.A_coupled is None or found.G_coupled is None:
+        raise ValueError(
+            f"{target.name}: coupled factors were not collected, and this ranking needs them"
+        )
+    return found.A_coupled, found.G_coupled
+
+
+def edit_targets(operation: Operation, edit: EditOne) -> Cut:
+    """Run `edit` on every target and gather the new weights in the model's dtype."""
+    if not operation.targets:
+        raise ValueError(
+            "no targets were chosen: give layers or patterns that match a weight matrix"
+        )
+    tensors: dict[str, torch.Tensor] = {}
+    removed = total = 0
+    for target in operation.targets:
+        weight = weight_of(target)
+        new, gone, components = edit(operation, target, weight)
+        removed, total = removed + gone, total + components
+        if new is None:
+            continue
+        if not torch.isfinite(new).all():
+            raise ValueError(
+                f"{target.name}: the edit gives non-finite weights; raise eps or lower the strength"
+            )
+        stored = new.T if target.kind == "conv1d" else new
+        original = target.parameter
+        tensors[f"{target.name}.weight"] = stored.to(
+            device=original.device, dtype=original.dtype
+        ).contiguous()
+    return Cut("edit", tensors, removed, total)
+
+
+def kept_width(width: int, share: float, multiple: int) -> int:
+    """Number of neurons that stay: `share` of `width`, rounded down to a multiple.
+
+    Raises ValueError where the rounded width is 0 or where multiple is not a positive whole number.
+    """
+    if multiple < 1:
+        raise ValueError(f"multiple is {multiple}: expected a whole number of at least 1")
+    kept = int(share * width + 1e-6)
+    if kept < width:
+        kept = kept // multiple * multiple
+    if kept < 1:
+        raise ValueError(
+            f"keeping {share:g} of {width} neurons in multiples of {multiple} leaves none: "
+            "keep more or choose a smaller multiple"
+        )
+    return kept
+
+
+def rank_neurons(operation: Operation, score: ScoreOne) -> Cut:
+    """Keep the `strength` share of neurons of every block, those with the highest scores; the same
+    number per layer.
+    """
+    if not operation.blocks:
+        raise ValueError("no MLP blocks were chosen: give layers that exist")
+    tensors: dict[str, torch.Tensor] = {}
+    removed = total = 0
+    for block in operation.blocks:
+        scores = score(operation, block).float().cpu()
+        if not torch.isfinite(scores).all():
+            raise ValueError(
+                f"layer {block.layer}: non-finite neuron scores; the factors are damaged"
+            )
+        keep = kept_width(len(scores), operation.strength, operation.settings.get("multiple", 1))
+        order = torch.argsort(scores, descending=True, stable=True)
+        tensors[f"layers.{block.layer}.keep"] = order[:keep].sort().values
+        tensors[f"layers.{block.layer}.scores"] = scores
+        removed, total = removed + len(scores) - keep, total + len(scores)
+    return Cut("neurons", tensors, removed, total)
+
+
+def zero_lowest(
+    scores: torch.Tensor, weight: torch.Tensor, keep: float
+) -> tuple[torch.Tensor | None, int, int]:
+    """Zero the weights with the lowest scores, the same number in every row of `weight`, so that
+    `keep` of them stay.
+    """
+    columns = weight.shape[1]
+    gone = columns - int(keep * columns + 1e-6)
+    if gone == 0:
+        return None, 0, weight.numel()
+    lowest = torch.argsort(scores, dim=1, stable=True)[:, :gone]
+    return weight.scatter(1, lowest, 0.0), gone * weight.shape[0], weight.numel()
+
+
+def mix_factors(
+    populations: Mapping[str, Mapping[str, Factors]], weights: Mapping[str, float] | None = None
+) -> dict[str, Factors]:
+    """Factors of several populations taken as one: sum_p w_p F_p per target, the weights normalized
+    to sum 1.
+
+    weights: share by population name, equal where None. Shared input factors (gate and up) stay
+    shared. Raises ValueError on a weight for an unknown population, on negative weights and on
+    populations with different targets.
+    """
+    if not populations:
+        raise ValueError("no keep population was given: give a reasoning or reference population")
+    shares = {name: 1.0 for name in populations} if weights is None else dict(weights)
+    unknown = sorted(set(shares) - set(populations))
+    if unknown:
+        raise ValueError(
+            f"keep weights name {', '.join(unknown)}: expected some of {', '.join(populations)}"
+        )
+    if any(w < 0 for w in shares.values()) or sum(shares.values()) <= 0:
+        raise ValueError("keep weights must not be negative and must not all be zero")
+    used = {name: populations[name] for name, w in shares.items() if w > 0}
+    if len(used) == 1:
+        return dict(next(iter(used.values())))
+    total = sum(shares[name] for name in used)
+    first = next(iter(used.values()))
+    for name, factors in used.items():
+        if set(factors) != set(first):
+            raise ValueError(
+                f"the factors of {name} are for other targets: collect all populations on the "
+                "same ones"
+            )
+    memo: dict[tuple[int, ...], torch.Tensor] = {}
+
+    def mean(target: str, key_name: str) -> torch.Tensor:
+        parts: list[torch.Tensor] = [getattr(f[target], key_name) for f in used.values()]
+        key = tuple(id(part) for part in parts)
+        if key not in memo:
+            pairs = zip(used, parts, strict=True)
+            memo[key] = sum(
+                (shares[name] / total * part for name, part in pairs), torch.zeros_like(parts[0])
+            )
+        return memo[key]
+
+    coupled = all(
+        f.A_coupled is not None and f.G_coupled is not None
+        for each in used.values()
+        for f in each.values()
+    )
+    return {
+        target: Factors(
+            A=mean(target, "A"),
+            G=mean(target, "G"),
+            A_coupled=mean(target, "A_coupled") if coupled else None,
+            G_coupled=mean(target, "G_coupled") if coupled else None,
+            tokens=sum(f[target].tokens for f in used.values()),
+        )
+        for target in first
+    }

@@ -1,0 +1,100 @@
+"""`contrast`: remove what is sharp on the memorized population and flat on what must stay.
+
+With R_A = A_keep + eps tr(A_keep)/d I (likewise R_G), solve the generalized eigenproblems
+
+    A_mem v = alpha R_A v,   V_A^T R_A V_A = I,        G_mem u = gamma R_G u,   V_G^T R_G V_G = I.
+
+In these bases both quadratic forms are diagonal: an update D of W, with E = V_G^-1 D V_A^-T, costs
+sum E_ij^2 on the kept text and leaves sum alpha_i gamma_j (C + E)_ij^2 of the memory, where C =
+V_G^-1 W V_A^-T. The minimum of keep-cost + t * memory is closed: C_ij <- C_ij / (1 + t gamma_i
+alpha_j). Memory factors come from logit margins (recited tokens have almost no loss gradient), keep
+factors from sampled labels.
+
+eps trades transfer to unseen memories against clean perplexity; t is the strength. `hard`:
+components with t gamma_i alpha_j >= 1 are cut and the others stay untouched.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from curvature.targets import Target
+from surgery.rankings.base import Cut, Operation, Ranking, edit_targets
+
+
+def damped(factor: torch.Tensor, eps: float) -> torch.Tensor:
+    """R = F + eps tr(F)/d I, in fp64."""
+    factor = factor.double()
+    d = factor.shape[0]
+    return (factor + factor.T) / 2 + eps * factor.trace() / d * torch.eye(
+        d, dtype=factor.dtype, device=factor.device
+    )
+
+
+def generalized_eigh(
+    memory: torch.Tensor, keep: torch.Tensor, eps: float, name: str
+) -> tuple[torch.Tensor, ...]:
+    """alpha (descending), V with V^T R V = I and M V = R V diag(alpha), and V^-1 = V^T R; all fp64.
+
+    Raises ValueError where the damped keep factor is not positive definite.
+    """
+    metric = damped(keep, eps)
+    lower, failed = torch.linalg.cholesky_ex(metric)
+    if int(failed) or not torch.isfinite(lower).all():
+        raise ValueError(
+            f"{name}: the keep factor damped with eps {eps:g} is not positive definite; "
+            "raise eps or collect the factors on more tokens"
+        )
+    memory = (memory.double() + memory.double().T) / 2
+    whitened = torch.linalg.solve_triangular(lower, memory, upper=False)
+    whitened = torch.linalg.solve_triangular(lower, whitened.T, upper=False)
+    values, vectors = torch.linalg.eigh((whitened + whitened.T) / 2)
+    values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
+    basis = torch.linalg.solve_triangular(lower.T, vectors, upper=True)
+    return values, basis, basis.T @ metric
+
+
+def edit(
+    operation: Operation, target: Target, weight: torch.Tensor
+) -> tuple[torch.Tensor | None, int, int]:
+    t, eps = operation.strength, operation.settings["eps"]
+    if t == 0:
+        return None, 0, weight.numel()
+    eps_output = operation.settings["eps_output"]
+    eps_output = eps if eps_output is None else eps_output
+    keep, memory = operation.keep[target.name], operation.memorized[target.name]
+    alpha, basis_a, inverse_a = generalized_eigh(memory.A, keep.A, eps, f"{target.name} inputs")
+    gamma, basis_g, inverse_g = generalized_eigh(
+        memory.G, keep.G, eps_output, f"{target.name} outputs"
+    )
+    weight64 = weight.to(basis_a)
+    products = t * gamma[:, None] * alpha[None, :]
+    removed = int((products >= 1).sum())
+    coefficients = inverse_g @ weight64 @ inverse_a.T
+    if operation.settings["hard"]:
+        if removed == 0:
+            return None, 0, weight.numel()
+        lost = coefficients * (products >= 1)
+    else:
+        lost = coefficients * (products / (1 + products))
+    # Subtracting what is lost keeps the untouched part exact.
+    return (weight64 - basis_g @ lost @ basis_a.T).float(), removed, weight.numel()
+
+
+def cut(operation: Operation) -> Cut:
+    if operation.settings["eps"] <= 0:
+        raise ValueError(f"contrast: eps is {operation.settings['eps']}: expected a number above 0")
+    return edit_targets(operation, edit)
+
+
+RANKING = Ranking(
+    "contrast",
+    cut,
+    "t: weight of the memory against the keep cost; 0 changes nothing",
+    3e-4,
+    (1e-6, 1e-1),
+    log=True,
+    needs_memorized=True,
+    bounds=(0.0, float("inf")),
+    settings={"eps": 0.1, "eps_output": None, "hard": False},
+)
