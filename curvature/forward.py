@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from curvature.populations import Batch
 
@@ -36,6 +37,32 @@ def evaluation_mode(model: nn.Module, *, frozen: bool = False) -> Iterator[None]
         for parameter, required, grad in grads:
             parameter.requires_grad_(required)
             parameter.grad = grad
+
+
+@contextmanager
+def twice_differentiable(model: nn.Module) -> Iterator[None]:
+    """Attention that can be differentiated twice inside (eager, or SDPA's MATH kernel), the model's own afterwards.
+
+    Flash, memory-efficient and cuDNN kernels have neither double backward nor forward mode. Raises ValueError where the model's
+    implementation is another one and cannot be switched.
+    """
+    config: Any = getattr(model, "config", None)
+    before = getattr(config, "_attn_implementation", None)
+    switched = before not in (None, "eager", "sdpa") and hasattr(model, "set_attn_implementation")
+    if switched:
+        try:
+            model.set_attn_implementation("eager")  # type: ignore[operator]
+        except (ValueError, ImportError) as error:
+            raise ValueError(
+                f"the attention implementation {before!r} cannot be differentiated twice nor switched to 'eager': "
+                "use the method 'difference', which needs gradients only"
+            ) from error
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        if switched:
+            model.set_attn_implementation(before)  # type: ignore[operator]
 
 
 def check_labels(labels: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import random
 import re
@@ -123,8 +124,6 @@ def load_population(
 
 
 def _read(source: str) -> Iterator[Document]:
-    import datasets
-
     path = Path(source)
     kind = _SUFFIXES.get(path.suffix.lower())
     if kind is not None:
@@ -140,10 +139,12 @@ def _read(source: str) -> Iterator[Document]:
             paragraphs = (p.strip() for p in re.split(r"\n[ \t\r]*\n", text))
             yield from (Document("", p) for p in paragraphs if p)
             return
-        rows = _stream(datasets, source, kind, data_files=str(path))
+        rows = _stream(source, kind, data_files=str(path))
     elif path.is_file():
         raise ValueError(f"{source}: expected a .jsonl, .json, .txt or .parquet file or a folder, not {path.suffix!r}")
     elif (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
+        import datasets
+
         loaded = datasets.load_from_disk(source)
         rows = iter(loaded["train"] if isinstance(loaded, datasets.DatasetDict) else loaded)
     else:
@@ -151,13 +152,15 @@ def _read(source: str) -> Iterator[Document]:
             raise ValueError(f"{source}: no such file or folder")
         base, *rest = source.split(":")
         config = rest[0] if len(rest) == 2 else None
-        rows = _stream(datasets, source, base, name=config, split=rest[-1] if rest else "train")
+        rows = _stream(source, base, name=config, split=rest[-1] if rest else "train")
     for k, row in enumerate(rows):
         yield _document(source, kind, k, row)
 
 
-def _stream(datasets: Any, source: str, path: str, *, split: str = "train", **arguments: Any) -> Iterator[dict]:
+def _stream(source: str, path: str, *, split: str = "train", **arguments: Any) -> Iterator[dict]:
     """Rows of `datasets.load_dataset`, streamed, with its errors turned into one sentence."""
+    import datasets
+
     try:
         yield from datasets.load_dataset(path, split=split, streaming=True, **arguments)
     except Exception as error:
@@ -313,8 +316,33 @@ def batches(
         raise ValueError(f"population {population.name!r} has no token to score: every document is too short")
 
 
+def endless_batches(
+    population: Population,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    width: int,
+    batch_size: int,
+    seed: int = 0,
+    score_end: bool = False,
+) -> Iterator[Batch]:
+    """Full batches for training, as of `batches`, over and over the population in a new seeded order each time."""
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
+
+    def pieces() -> Iterator[tuple[list[int], list[bool]]]:
+        for epoch in itertools.count():
+            some = None
+            for some in _pieces(population, tokenizer, width, f"{seed}:{epoch}", score_end):
+                yield some
+            if some is None:
+                raise ValueError(f"population {population.name!r} has no token to score: every document is too short")
+
+    rows = _pack(pieces(), width)
+    while True:
+        yield _batch(list(itertools.islice(rows, batch_size)), width, pad)
+
+
 def _pieces(
-    population: Population, tokenizer: PreTrainedTokenizerBase, width: int, seed: int, score_end: bool
+    population: Population, tokenizer: PreTrainedTokenizerBase, width: int, seed: int | str, score_end: bool
 ) -> Iterator[tuple[list[int], list[bool]]]:
     """Token ids and scored flags of each document, cut to at most `width` tokens."""
     order = list(range(len(population.documents)))

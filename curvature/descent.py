@@ -1,0 +1,101 @@
+"""The loss of a population and a plain descent on it: healing after surgery and the relearning attack share it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from curvature.forward import device_of
+from curvature.populations import Batch, Population, endless_batches
+
+Schedule = Literal["cosine", "constant"]
+
+
+def population_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """Mean cross-entropy in nats per scored token of a batch, differentiable. Raises ValueError where nothing is scored."""
+    rows, positions = batch.predicting.nonzero(as_tuple=True)
+    if not len(rows):
+        raise ValueError("the batch has no scored token: there is no loss to take")
+    device = device_of(model)
+    logits = model(input_ids=batch.ids.to(device), use_cache=False).logits
+    rows, positions = rows.to(logits.device), positions.to(logits.device)
+    targets = batch.ids.to(logits.device)[rows, positions + 1]
+    return F.cross_entropy(logits[rows, positions].float(), targets)
+
+
+def schedule_share(step: int, steps: int, schedule: Schedule, warmup: float = 0.05) -> float:
+    """Share of the peak learning rate at a step: a linear warm-up, then constant or a cosine to a tenth."""
+    first = max(1, round(warmup * steps))
+    if step < first:
+        return (step + 1) / first
+    if schedule == "constant":
+        return 1.0
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - first) / max(1, steps - first)))
+
+
+def fine_tune(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    population: Population,
+    *,
+    steps: int,
+    lr: float,
+    batch_size: int,
+    width: int,
+    seed: int = 0,
+    schedule: Schedule = "cosine",
+    weight_decay: float = 0.0,
+    score_end: bool = False,
+    parameters: Iterable[nn.Parameter] | None = None,
+    project: Callable[[], None] | None = None,
+    progress: str | None = None,
+) -> list[float]:
+    """Train the model in place with AdamW for a fixed number of steps and return each step's loss (nats per scored token).
+
+    parameters: what is trained (default: all that require a gradient). project: called after each backward pass and clipping (norm 1) and
+    before the step; it may change every `.grad`. `score_end` also trains the end of documents. Training mode is on inside, and
+    the model's mode and missing gradients are restored; the same seed gives the same weights on the same machine.
+
+    Raises ValueError on a loss that is not finite, naming the step, and where there is nothing to train.
+    """
+    if schedule not in ("cosine", "constant"):
+        raise ValueError(f"unknown schedule {schedule!r}: expected cosine or constant")
+    trained = [p for p in (model.parameters() if parameters is None else parameters) if p.requires_grad]
+    if not trained or steps < 1:
+        raise ValueError(f"nothing to train: {len(trained)} parameters require a gradient, {steps} steps")
+    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.98))
+    modes = [(module, module.training) for module in model.modules()]
+    stream = endless_batches(
+        population, tokenizer, width=width, batch_size=batch_size, seed=seed, score_end=score_end
+    )
+    losses = []
+    state = torch.random.get_rng_state()
+    torch.manual_seed(seed)
+    try:
+        model.train()
+        for step in tqdm(range(steps), desc=progress, disable=progress is None, leave=False):
+            loss = population_loss(model, next(stream))
+            losses.append(loss.item())
+            if not math.isfinite(losses[-1]):
+                raise ValueError(f"the loss is not finite at step {step} of {steps}: lower lr ({lr:g})")
+            loss.backward()
+            nn.utils.clip_grad_norm_(trained, 1.0)
+            if project is not None:
+                project()
+            for group in optimizer.param_groups:
+                group["lr"] = lr * schedule_share(step, steps, schedule)
+            optimizer.step()
+            model.zero_grad(set_to_none=True)
+    finally:
+        model.zero_grad(set_to_none=True)
+        torch.random.set_rng_state(state)
+        for module, mode in modes:
+            module.training = mode
+    return losses
