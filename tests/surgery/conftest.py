@@ -1,0 +1,39 @@
+"""A small patient with factors of two populations."""
+
+import pytest
+import torch
+
+from curvature.factors import collect_factors
+from curvature.populations import Document, Population
+from curvature.targets import select_targets
+from evals.organism import world
+
+
+@pytest.fixture(scope="session")
+def reasoning():
+    documents = [d for t in ("sort", "boolean") for d in world.problems(0, t, 60, "edit")]
+    return Population("problems", "reasoning", tuple(documents))
+
+
+@pytest.fixture(scope="session")
+def memories():
+    texts = [t for i in world.items(0)[:400] if i.exposure for t in i.texts[:1]][:40]
+    return Population("memories", "memorized", tuple(Document("", t) for t in texts))
+
+
+@pytest.fixture()
+def targets(tiny_llama):
+    return select_targets(tiny_llama)
+
+
+@pytest.fixture()
+def factors(tiny_llama, tokenizer, reasoning, memories, targets):
+    settings = {"tokens": None, "width": 96, "batch_size": 16}
+    keep = collect_factors(tiny_llama, tokenizer, reasoning, targets, **settings)
+    gone = collect_factors(tiny_llama, tokenizer, memories, targets, labels="margin", **settings)
+    return {"reasoning": keep, "memorized": gone}
+
+
+@pytest.fixture()
+def ids():
+    return torch.randint(0, 100, (2, 20), generator=torch.Generator().manual_seed(0))

@@ -1,0 +1,84 @@
+"""`contrast` is the minimum of keep-cost + t * memory in the Kronecker metric."""
+
+import pytest
+import torch
+
+from surgery.rankings import plan_surgery
+from surgery.rankings.contrast import damped, generalized_eigh
+
+
+def spd(n, seed, rank=None):
+    x = torch.randn(
+        n, rank or 2 * n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
+    return x @ x.T / x.shape[1]
+
+
+def test_generalized_eigenproblem():
+    memory, keep = spd(7, 0, 3), spd(7, 1, 4)
+    alpha, basis, inverse = generalized_eigh(memory, keep, 0.1, "factor")
+    metric = damped(keep, 0.1)
+    assert torch.allclose(basis.T @ metric @ basis, torch.eye(7, dtype=torch.float64), atol=1e-10)
+    assert torch.allclose(memory @ basis, metric @ basis @ alpha.diag(), atol=1e-10)
+    assert torch.allclose(inverse @ basis, torch.eye(7, dtype=torch.float64), atol=1e-10)
+
+
+def test_soft_edit_minimizes_keep_cost_plus_t_times_memory(tiny_llama, targets, factors):
+    """An independent reference: the normal equations of the objective, solved densely with
+    Kronecker products.
+    """
+    t, eps = 0.3, 0.1
+    plan = plan_surgery(tiny_llama, "contrast", factors, targets=targets, strength=t, eps=eps)
+    for target in targets[:3]:
+        keep, gone = factors["reasoning"][target.name], factors["memorized"][target.name]
+        W = target.weight.double().detach()
+        # Row-major vec: vec(G D A) = (G kron A) vec(D).
+        keep_cost = torch.kron(damped(keep.G, eps), damped(keep.A, eps))
+        memory_cost = torch.kron(gone.G.double(), gone.A.double())
+        delta = -torch.linalg.solve(keep_cost + t * memory_cost, t * memory_cost @ W.flatten())
+        found = plan.tensors[f"{target.name}.weight"].double() - W
+        assert torch.allclose(found, delta.view_as(W), atol=1e-6)
+
+
+def test_zero_strength_changes_nothing(tiny_llama, targets, factors):
+    plan = plan_surgery(tiny_llama, "contrast", factors, targets=targets, strength=0.0)
+    assert plan.tensors == {}
+
+
+def test_equal_populations_shrink_all_alike_in_the_limit(tiny_llama, targets, factors):
+    """Sharp on both sides alike: alpha gamma = 1 for every component where eps is tiny, so W -> W /
+    (1 + t).
+    """
+    same = {"reasoning": factors["reasoning"], "memorized": factors["reasoning"]}
+    name = targets[-1].name
+    f = factors["reasoning"][name]
+    eps = 1e-9
+    plan = plan_surgery(tiny_llama, "contrast", same, targets=[targets[-1]], strength=1.0, eps=eps)
+    assert f.A.shape[0] == targets[-1].d_in
+    W = targets[-1].weight
+    assert torch.allclose(plan.tensors[f"{name}.weight"], W / 2, atol=1e-3)
+
+
+def test_hard_cut_removes_whole_components(tiny_llama, targets, factors):
+    plan = plan_surgery(
+        tiny_llama, "contrast", factors, targets=targets[:1], strength=1e-1, hard=True, eps=0.1
+    )
+    keep, gone = (factors[k][targets[0].name] for k in ("reasoning", "memorized"))
+    alpha, _, inverse_a = generalized_eigh(gone.A, keep.A, 0.1, "A")
+    gamma, _, inverse_g = generalized_eigh(gone.G, keep.G, 0.1, "G")
+    found = plan.tensors[f"{targets[0].name}.weight"].double()
+    C = inverse_g @ found @ inverse_a.T
+    cut = 0.1 * gamma[:, None] * alpha[None] >= 1
+    assert plan.removed == int(cut.sum())
+    assert 0 < plan.removed < plan.total
+    assert C[cut].abs().max() < 1e-5
+
+
+def test_needs_the_memorized_population(tiny_llama, targets, factors):
+    with pytest.raises(ValueError, match="memorized"):
+        plan_surgery(tiny_llama, "contrast", {"reasoning": factors["reasoning"]}, targets=targets)
+
+
+def test_eps_must_be_positive(tiny_llama, targets, factors):
+    with pytest.raises(ValueError, match="eps"):
+        plan_surgery(tiny_llama, "contrast", factors, targets=targets, eps=0.0)

@@ -1,0 +1,110 @@
+"""A shrunk model equals the model with its neurons zeroed, in every architecture, and loads
+anywhere.
+"""
+
+import pytest
+import torch
+import transformers
+
+from curvature.artifacts import model_sha256
+from curvature.targets import mlp_blocks
+from surgery.operate import operate
+from surgery.plan import Plan
+from surgery.rankings import plan_surgery
+from surgery.shrink import parameter_count, shrink
+
+ARCHITECTURES = ["Llama", "Olmo2", "Qwen3", "Gemma3", "Mistral"]
+
+
+def build(architecture, **settings):
+    torch.manual_seed(0)
+    name = "Gemma3TextConfig" if architecture == "Gemma3" else f"{architecture}Config"
+    config = getattr(transformers, name)(
+        vocab_size=200,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=64,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        **settings,
+    )
+    return getattr(transformers, f"{architecture}ForCausalLM")(config).eval()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_shrunk_equals_zeroed_and_reloads(architecture, tmp_path, ids):
+    model = build(architecture)
+    plan = plan_surgery(model, "random", {}, strength=0.5, multiple=4)
+    zeroed = operate(model, plan, copy_model=True)
+    small = shrink(model, plan)
+    with torch.no_grad():
+        expected, found = zeroed(input_ids=ids).logits, small(input_ids=ids).logits
+        assert not torch.allclose(expected, model(input_ids=ids).logits, atol=1e-6)
+    assert torch.allclose(expected, found, atol=1e-6)
+    assert small.config.intermediate_size == 12
+    assert model.config.intermediate_size == 24
+    assert all(block.neurons == 12 for block in mlp_blocks(small))
+    assert parameter_count(small) == parameter_count(model) - 2 * 3 * 12 * 16
+    small.save_pretrained(tmp_path)
+    loaded, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, output_loading_info=True
+    )
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=ids).logits, found)
+
+
+def test_biases_follow_their_neurons(ids):
+    model = build("Llama", mlp_bias=True)
+    with torch.no_grad():
+        for block in mlp_blocks(model):
+            for target in block.targets:
+                target.bias.normal_()
+    plan = plan_surgery(model, "magnitude", {}, strength=0.5)
+    with torch.no_grad():
+        expected = operate(model, plan, copy_model=True)(input_ids=ids).logits
+        assert torch.allclose(shrink(model, plan)(input_ids=ids).logits, expected, atol=1e-5)
+
+
+def test_gpt2_shrinks_too(ids):
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=200, n_embd=16, n_layer=2, n_head=2, n_positions=64, n_inner=24
+    )
+    model = transformers.GPT2LMHeadModel(config).eval()
+    plan = plan_surgery(model, "random", {}, strength=0.5)
+    with torch.no_grad():
+        expected = operate(model, plan, copy_model=True)(input_ids=ids).logits
+        small = shrink(model, plan)
+        assert torch.allclose(small(input_ids=ids).logits, expected, atol=1e-5)
+    assert small.config.n_inner == 12
+
+
+def test_different_widths_are_refused(tiny_llama):
+    keep = {"layers.0.keep": torch.arange(8), "layers.1.keep": torch.arange(9)}
+    plan = Plan("by hand", "neurons", model_sha256(tiny_llama), {}, keep, 31, 48)
+    with pytest.raises(ValueError, match="different widths"):
+        shrink(tiny_llama, plan)
+
+
+def test_a_partial_plan_is_refused(tiny_llama):
+    plan = plan_surgery(tiny_llama, "random", {}, strength=0.5, layers=[1])
+    with pytest.raises(ValueError, match=r"layers \[0\]"):
+        shrink(tiny_llama, plan)
+
+
+def test_an_edit_does_not_shrink(tiny_llama, targets, factors):
+    plan = plan_surgery(tiny_llama, "kfac", factors, targets=targets)
+    with pytest.raises(ValueError, match="kind edit"):
+        shrink(tiny_llama, plan)
+
+
+def test_widths_are_rounded_down_to_the_multiple(tiny_llama):
+    plan = plan_surgery(tiny_llama, "random", {}, strength=0.6, multiple=4)
+    assert len(plan.tensors["layers.0.keep"]) == 12
