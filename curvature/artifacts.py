@@ -1,4 +1,5 @@
-"""Files of a run: written whole or not at all, readable by a person, and marked with what they depend on."""
+"""Files of a run: written whole or not at all, readable by a person, and marked with what they
+depend on."""
 
 from __future__ import annotations
 
@@ -26,22 +27,26 @@ def _plain(value: Any) -> Any:
         return str(value)
     if isinstance(value, set | frozenset):
         return sorted(value)
-    raise ValueError(f"{type(value).__name__} {value!r} cannot be part of a fingerprint: give plain data")
+    raise ValueError(
+        f"{type(value).__name__} {value!r} cannot be part of a fingerprint: give plain data"
+    )
 
 
 def fingerprint(**parts: Any) -> str:
-    """SHA-256 (hex) of canonical JSON of all parts: equal parts, equal fingerprint, in any order of keys.
+    """SHA-256 (hex) of canonical JSON of all parts: equal parts, equal fingerprint, in any order of
+    keys.
 
-    Parts are plain data, paths, sets and dataclasses of these. Raises ValueError for anything else, so that an object's
-    address never enters a fingerprint.
+    Parts are plain data, paths, sets and dataclasses of these. Raises ValueError for anything else,
+    so that an object's address never enters a fingerprint.
     """
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"), default=_plain, allow_nan=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def model_sha256(model: nn.Module | str | Path) -> str:
-    """SHA-256 over every tensor of a model (name, dtype, shape, bytes), or over the weight and configuration files of a
-    checkpoint folder. The two differ: compare like with like. Raises ValueError for a folder without weights."""
+    """SHA-256 over every tensor of a model (name, dtype, shape, bytes), or over the weight and
+    configuration files of a checkpoint folder. The two differ: compare like with like. Raises
+    ValueError for a folder without weights."""
     digest = hashlib.sha256()
     if isinstance(model, nn.Module):
         for name, tensor in sorted(model.state_dict().items()):
@@ -50,7 +55,11 @@ def model_sha256(model: nn.Module | str | Path) -> str:
             digest.update(memoryview(flat))
         return digest.hexdigest()
     folder = Path(model)
-    files = sorted(p for p in folder.glob("*") if p.suffix in (".safetensors", ".bin") or p.name == "config.json")
+    files = sorted(
+        p
+        for p in folder.glob("*")
+        if p.suffix in (".safetensors", ".bin") or p.name == "config.json"
+    )
     if not any(p.suffix != ".json" for p in files):
         raise ValueError(f"{folder} holds no model weights (expected *.safetensors)")
     for path in files:
@@ -62,7 +71,8 @@ def model_sha256(model: nn.Module | str | Path) -> str:
 
 
 def _write(path: str | Path, fill: Callable[[str], None]) -> None:
-    """Let `fill` write a temporary neighbour of `path`, then rename it: readers see the old file or the new one."""
+    """Let `fill` write a temporary neighbour of `path`, then rename it: readers see the old file or
+    the new one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
@@ -80,10 +90,15 @@ def _write(path: str | Path, fill: Callable[[str], None]) -> None:
         raise
 
 
-def write_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> None:
+def write_tensors(
+    path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]
+) -> None:
     """Save tensors with a JSON-able description to one safetensors file, atomically."""
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    text = {_METADATA_KEY: json.dumps(dict(metadata), sort_keys=True, default=_plain), "format": "pt"}
+    text = {
+        _METADATA_KEY: json.dumps(dict(metadata), sort_keys=True, default=_plain),
+        "format": "pt",
+    }
 
     def fill(temporary: str) -> None:
         try:
@@ -95,8 +110,8 @@ def write_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], metadat
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Tensors and description of a file of `write_tensors`. Raises ValueError that names a missing, truncated, corrupt or
-    foreign file."""
+    """Tensors and description of a file of `write_tensors`. Raises ValueError that names a missing,
+    truncated, corrupt or foreign file."""
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file")
     try:
@@ -104,7 +119,9 @@ def read_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, A
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(f"{path} is truncated or corrupt ({error}): delete it and run again") from error
+        raise ValueError(
+            f"{path} is truncated or corrupt ({error}): delete it and run again"
+        ) from error
     if _METADATA_KEY not in metadata:
         raise ValueError(f"{path} was not written by this program: it has no description")
     return tensors, json.loads(metadata[_METADATA_KEY])
@@ -118,7 +135,9 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
     except SafetensorError as error:
-        raise ValueError(f"{path} is truncated or corrupt ({error}): delete it and run again") from error
+        raise ValueError(
+            f"{path} is truncated or corrupt ({error}): delete it and run again"
+        ) from error
     if _METADATA_KEY not in metadata:
         raise ValueError(f"{path} was not written by this program: it has no description")
     return json.loads(metadata[_METADATA_KEY])
@@ -127,14 +146,21 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
 def write_json(path: str | Path, value: Any) -> None:
     """Save plain data (and dataclasses of it) as indented JSON, atomically."""
     text = json.dumps(value, indent=1, default=_plain) + "\n"
-    _write(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8") and None)
+
+    def fill(temporary: str) -> None:
+        Path(temporary).write_text(text, encoding="utf-8")
+
+    _write(path, fill)
 
 
 def read_json(path: str | Path) -> Any:
-    """Data of a file of `write_json`. Raises ValueError that names a missing, truncated or corrupt file."""
+    """Data of a file of `write_json`. Raises ValueError that names a missing, truncated or corrupt
+    file."""
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file")
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is truncated or not JSON ({error}): delete it and run again") from error
+        raise ValueError(
+            f"{path} is truncated or not JSON ({error}): delete it and run again"
+        ) from error

@@ -1,4 +1,5 @@
-"""The loss of a population and a plain descent on it: healing after surgery and the relearning attack share it."""
+"""The loss of a population and a plain descent on it: healing after surgery and the relearning
+attack share it."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ Schedule = Literal["cosine", "constant"]
 
 
 def population_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """Mean cross-entropy in nats per scored token of a batch, differentiable. Raises ValueError where nothing is scored."""
+    """Mean cross-entropy in nats per scored token of a batch, differentiable. Raises ValueError
+    where nothing is scored."""
     rows, positions = batch.predicting.nonzero(as_tuple=True)
     if not len(rows):
         raise ValueError("the batch has no scored token: there is no loss to take")
@@ -31,7 +33,8 @@ def population_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
 
 
 def schedule_share(step: int, steps: int, schedule: Schedule, warmup: float = 0.05) -> float:
-    """Share of the peak learning rate at a step: a linear warm-up, then constant or a cosine to a tenth."""
+    """Share of the peak learning rate at a step: a linear warm-up, then constant or a cosine to a
+    tenth."""
     first = max(1, round(warmup * steps))
     if step < first:
         return (step + 1) / first
@@ -57,19 +60,26 @@ def fine_tune(
     project: Callable[[], None] | None = None,
     progress: str | None = None,
 ) -> list[float]:
-    """Train the model in place with AdamW for a fixed number of steps and return each step's loss (nats per scored token).
+    """Train the model in place with AdamW for a fixed number of steps and return each step's loss
+    (nats per scored token).
 
-    parameters: what is trained (default: all that require a gradient). project: called after each backward pass and clipping (norm 1) and
-    before the step; it may change every `.grad`. `score_end` also trains the end of documents. Training mode is on inside, and
-    the model's mode and missing gradients are restored; the same seed gives the same weights on the same machine.
+    parameters: what is trained (default: all that require a gradient). project: called after each
+    backward pass and clipping (norm 1) and before the step; it may change every `.grad`.
+    `score_end` also trains the end of documents. Training mode is on inside, and the model's mode
+    and missing gradients are restored; the same seed gives the same weights on the same machine.
 
-    Raises ValueError on a loss that is not finite, naming the step, and where there is nothing to train.
+    Raises ValueError on a loss that is not finite, naming the step, and where there is nothing to
+    train.
     """
     if schedule not in ("cosine", "constant"):
         raise ValueError(f"unknown schedule {schedule!r}: expected cosine or constant")
-    trained = [p for p in (model.parameters() if parameters is None else parameters) if p.requires_grad]
+    trained = [
+        p for p in (model.parameters() if parameters is None else parameters) if p.requires_grad
+    ]
     if not trained or steps < 1:
-        raise ValueError(f"nothing to train: {len(trained)} parameters require a gradient, {steps} steps")
+        raise ValueError(
+            f"nothing to train: {len(trained)} parameters require a gradient, {steps} steps"
+        )
     optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.98))
     modes = [(module, module.training) for module in model.modules()]
     stream = endless_batches(
@@ -84,7 +94,9 @@ def fine_tune(
             loss = population_loss(model, next(stream))
             losses.append(loss.item())
             if not math.isfinite(losses[-1]):
-                raise ValueError(f"the loss is not finite at step {step} of {steps}: lower lr ({lr:g})")
+                raise ValueError(
+                    f"the loss is not finite at step {step} of {steps}: lower lr ({lr:g})"
+                )
             loss.backward()
             nn.utils.clip_grad_norm_(trained, 1.0)
             if project is not None:

@@ -14,12 +14,14 @@ from curvature.artifacts import read_tensors, write_tensors
 from curvature.factors import Factors
 
 RESIDUAL = 1e-4
-"""Largest accepted |M U - U diag(values)| and |U^T U - I|, relative to |M| and to sqrt(n) (Frobenius norms)."""
+"""Largest accepted |M U - U diag(values)| and |U^T U - I|, relative to |M| and to sqrt(n)
+(Frobenius norms)."""
 
 
 @dataclass(frozen=True)
 class Eigenbasis:
-    """M = U diag(values) U^T. values: [n], ascending and non-negative. vectors: U [n, n], one eigenvector per column."""
+    """M = U diag(values) U^T. values: [n], ascending and non-negative. vectors: U [n, n], one
+    eigenvector per column."""
 
     values: torch.Tensor
     vectors: torch.Tensor
@@ -36,11 +38,11 @@ class TargetEigenbases:
 def eigh(matrix: torch.Tensor, name: str = "matrix") -> Eigenbasis:
     """Eigendecomposition of a symmetric positive semi-definite matrix, [n, n].
 
-    Symmetrized first; in the matrix's precision (at least fp32), with the residual checked; then in float64; then in float64 on the CPU.
-    Small negative eigenvalues are clamped to zero.
+    Symmetrized first; in the matrix's precision (at least fp32), with the residual checked; then in
+    float64; then in float64 on the CPU. Small negative eigenvalues are clamped to zero.
 
-    Raises ValueError for a matrix that is not finite or square, that is clearly indefinite (an eigenvalue below -1e-3 of
-    the largest), or that no precision decomposes.
+    Raises ValueError for a matrix that is not finite or square, that is clearly indefinite (an
+    eigenvalue below -1e-3 of the largest), or that no precision decomposes.
     """
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
         raise ValueError(f"{name}: expected a square matrix, got {tuple(matrix.shape)}")
@@ -49,7 +51,13 @@ def eigh(matrix: torch.Tensor, name: str = "matrix") -> Eigenbasis:
     dtype = matrix.dtype if matrix.dtype in (torch.float32, torch.float64) else torch.float32
     symmetric = matrix.to(dtype)
     symmetric = (symmetric + symmetric.T) / 2
-    attempts = dict.fromkeys(((symmetric.device, dtype), (symmetric.device, torch.float64), (torch.device("cpu"), torch.float64)))
+    attempts = dict.fromkeys(
+        (
+            (symmetric.device, dtype),
+            (symmetric.device, torch.float64),
+            (torch.device("cpu"), torch.float64),
+        )
+    )
     for device, precision in attempts:
         if device.type == "mps" and precision == torch.float64:
             continue
@@ -63,14 +71,19 @@ def eigh(matrix: torch.Tensor, name: str = "matrix") -> Eigenbasis:
         largest = float(values[-1].abs())
         if float(values[0]) < -1e-3 * largest:
             raise ValueError(
-                f"{name} is not positive semi-definite: eigenvalues from {float(values[0]):.3g} to {float(values[-1]):.3g}"
+                f"{name} is not positive semi-definite: eigenvalues from "
+                f"{float(values[0]):.3g} to {float(values[-1]):.3g}"
             )
         return Eigenbasis(values.clamp_(min=0).to(symmetric), vectors.to(symmetric))
-    raise ValueError(f"{name}: no eigendecomposition converged, even in float64: collect its factor on more tokens")
+    raise ValueError(
+        f"{name}: no eigendecomposition converged, even in float64: collect its factor on "
+        "more tokens"
+    )
 
 
 def _residual(matrix: torch.Tensor, values: torch.Tensor, vectors: torch.Tensor) -> float:
-    """The worse of the two relative errors, probed with a few vectors: n^2 operations instead of n^3."""
+    """The worse of the two relative errors, probed with a few vectors: n^2 operations instead of
+    n^3."""
     if not torch.isfinite(vectors).all():
         return float("inf")
     n = len(values)
@@ -84,11 +97,15 @@ def _residual(matrix: torch.Tensor, values: torch.Tensor, vectors: torch.Tensor)
     return max(float(wrong / scale) / norm, float(skewed / scale))
 
 
-def eigenbases(factors: Mapping[str, Factors], *, coupled: bool = False) -> dict[str, TargetEigenbases]:
-    """Eigenbases of A and G (of A' and G' with `coupled`) of every target. An A that targets share is decomposed once.
+def eigenbases(
+    factors: Mapping[str, Factors], *, coupled: bool = False
+) -> dict[str, TargetEigenbases]:
+    """Eigenbases of A and G (of A' and G' with `coupled`) of every target. An A that targets share
+    is decomposed once.
 
-    Under `torch.distributed` the matrices are shared out over the processes and every process gets them all.
-    Raises ValueError as `eigh` does, naming the target, and where coupled factors were not collected.
+    Under `torch.distributed` the matrices are shared out over the processes and every process gets
+    them all. Raises ValueError as `eigh` does, naming the target, and where coupled factors were
+    not collected.
     """
     jobs: dict[int, tuple[str, torch.Tensor]] = {}
     pairs = {}
@@ -110,7 +127,9 @@ def eigenbases(factors: Mapping[str, Factors], *, coupled: bool = False) -> dict
     if distributed:
         for place, key in enumerate(order):
             matrix = jobs[key][1]
-            basis = done.get(key) or Eigenbasis(matrix.new_empty(len(matrix)), torch.empty_like(matrix))
+            basis = done.get(key) or Eigenbasis(
+                matrix.new_empty(len(matrix)), torch.empty_like(matrix)
+            )
             values, vectors = basis.values.contiguous(), basis.vectors.contiguous()
             dist.broadcast(values, place % world)
             dist.broadcast(vectors, place % world)
@@ -118,7 +137,9 @@ def eigenbases(factors: Mapping[str, Factors], *, coupled: bool = False) -> dict
     return {name: TargetEigenbases(done[a], done[g]) for name, (a, g) in pairs.items()}
 
 
-def save_eigenbases(path: str | Path, bases: Mapping[str, TargetEigenbases], metadata: Mapping[str, Any]) -> None:
+def save_eigenbases(
+    path: str | Path, bases: Mapping[str, TargetEigenbases], metadata: Mapping[str, Any]
+) -> None:
     """Write eigenbases to one safetensors file; one that targets share is stored once."""
     tensors: dict[str, torch.Tensor] = {}
     stored: dict[int, str] = {}
@@ -134,7 +155,8 @@ def save_eigenbases(path: str | Path, bases: Mapping[str, TargetEigenbases], met
 
 
 def load_eigenbases(path: str | Path) -> tuple[dict[str, TargetEigenbases], dict[str, Any]]:
-    """Eigenbases by target and the metadata they were saved with. Raises ValueError for a file that holds none."""
+    """Eigenbases by target and the metadata they were saved with. Raises ValueError for a file that
+    holds none."""
     tensors, metadata = read_tensors(path)
     if metadata.pop("kind", None) != "eigenbases":
         raise ValueError(f"{path} does not hold eigenbases")

@@ -1,6 +1,8 @@
-"""Running a causal language model for its derivatives: exact restoration, a forward pass in two halves, label noise.
+"""Running a causal language model for its derivatives: exact restoration, a forward pass in two
+halves, label noise.
 
-No attention mask is passed: rows are padded on the right, and under a causal model nothing after a token reaches it.
+No attention mask is passed: rows are padded on the right, and under a causal model nothing after a
+token reaches it.
 """
 
 from __future__ import annotations
@@ -21,8 +23,9 @@ Labels = Literal["sampled", "gold", "margin"]
 
 @contextmanager
 def evaluation_mode(model: nn.Module, *, frozen: bool = False) -> Iterator[None]:
-    """Evaluation mode (and, with `frozen`, no weight requiring a gradient) inside; on leaving, every module's mode, every
-    weight's `requires_grad` and every `.grad` are what they were, whatever happened."""
+    """Evaluation mode (and, with `frozen`, no weight requiring a gradient) inside; on leaving,
+    every module's mode, every weight's `requires_grad` and every `.grad` are what they were,
+    whatever happened."""
     modes = [(module, module.training) for module in model.modules()]
     grads = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     try:
@@ -41,10 +44,11 @@ def evaluation_mode(model: nn.Module, *, frozen: bool = False) -> Iterator[None]
 
 @contextmanager
 def twice_differentiable(model: nn.Module) -> Iterator[None]:
-    """Attention that can be differentiated twice inside (eager, or SDPA's MATH kernel), the model's own afterwards.
+    """Attention that can be differentiated twice inside (eager, or SDPA's MATH kernel), the model's
+    own afterwards.
 
-    Flash, memory-efficient and cuDNN kernels have neither double backward nor forward mode. Raises ValueError where the model's
-    implementation is another one and cannot be switched.
+    Flash, memory-efficient and cuDNN kernels have neither double backward nor forward mode. Raises
+    ValueError where the model's implementation is another one and cannot be switched.
     """
     config: Any = getattr(model, "config", None)
     before = getattr(config, "_attn_implementation", None)
@@ -54,7 +58,8 @@ def twice_differentiable(model: nn.Module) -> Iterator[None]:
             model.set_attn_implementation("eager")  # type: ignore[operator]
         except (ValueError, ImportError) as error:
             raise ValueError(
-                f"the attention implementation {before!r} cannot be differentiated twice nor switched to 'eager': "
+                f"the attention implementation {before!r} cannot be differentiated twice "
+                "nor switched to 'eager': "
                 "use the method 'difference', which needs gradients only"
             ) from error
     try:
@@ -67,28 +72,33 @@ def twice_differentiable(model: nn.Module) -> Iterator[None]:
 
 def check_labels(labels: str) -> None:
     if labels not in get_args(Labels):
-        raise ValueError(f"unknown labels {labels!r}: expected one of {', '.join(get_args(Labels))}")
+        raise ValueError(
+            f"unknown labels {labels!r}: expected one of {', '.join(get_args(Labels))}"
+        )
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where inputs go: the device of the input embeddings (of the first parameter where there are none)."""
-    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else model
+    """Where inputs go: the device of the input embeddings (of the first parameter where there are
+    none)."""
+    embeddings: Any = getattr(model, "get_input_embeddings", lambda: model)()
     return next(embeddings.parameters()).device
 
 
 class CausalForward:
-    """A causal LM as `hidden(ids)` [rows, width, d] followed by `logits(hidden)` [n, vocabulary] at chosen positions.
+    """A causal LM as `hidden(ids)` [rows, width, d] followed by `logits(hidden)` [n, vocabulary] at
+    chosen positions.
 
-    So logits are made only where they are needed, in chunks. Whether the model's own logits equal the head applied to the
-    hidden states (up to a final soft cap, read from its configuration) is checked on a few tokens; where it does not hold,
-    `hidden` is the full logits and `logits` the identity: the same numbers, more memory.
+    So logits are made only where they are needed, in chunks. Whether the model's own logits equal
+    the head applied to the hidden states (up to a final soft cap, read from its configuration) is
+    checked on a few tokens; where it does not hold, `hidden` is the full logits and `logits` the
+    identity: the same numbers, more memory.
     """
 
     def __init__(self, model: nn.Module):
         self.model = model
         self.head: nn.Module | None = None
-        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-        body = getattr(model, "base_model", model)
+        head: Any = getattr(model, "get_output_embeddings", lambda: None)()
+        body: Any = getattr(model, "base_model", model)
         if head is None or body is model:
             return
         config: Any = getattr(model, "config", None)
@@ -102,7 +112,9 @@ class CausalForward:
                 found = self.logits(self.hidden(probe)[0]).float()
             except (AttributeError, RuntimeError):
                 found = expected.new_full((1,), float("nan"))
-        if found.shape != expected[0].shape or not torch.allclose(found, expected[0], rtol=1e-3, atol=1e-3):
+        if found.shape != expected[0].shape or not torch.allclose(
+            found, expected[0], rtol=1e-3, atol=1e-3
+        ):
             self.head = None
 
     def hidden(self, ids: torch.Tensor) -> torch.Tensor:
@@ -118,9 +130,12 @@ class CausalForward:
 
 
 def label_noise(seed: int, first_row: int, rows: int, width: int) -> torch.Tensor:
-    """Uniform numbers [rows, width] that depend on the seed, the row's number in the stream and the position alone, so that
-    sampled labels do not change with batch size, padding, device or number of processes."""
-    noise = np.stack([np.random.default_rng([seed, first_row + k]).random(width) for k in range(rows)])
+    """Uniform numbers [rows, width] that depend on the seed, the row's number in the stream and the
+    position alone, so that sampled labels do not change with batch size, padding, device or number
+    of processes."""
+    noise = np.stack(
+        [np.random.default_rng([seed, first_row + k]).random(width) for k in range(rows)]
+    )
     return torch.from_numpy(noise)
 
 
@@ -129,8 +144,9 @@ def loss_gradient(
 ) -> torch.Tensor:
     """d loss / d logits [n, vocabulary], fp32, of the sum-reduced loss.
 
-    `gold`: cross-entropy of the targets. `sampled`: cross-entropy of labels drawn from the model's own distribution by inverse
-    transform of `noise` (the Fisher's gradient). `margin`: m = z_y - max_{j != y} z_j.
+    `gold`: cross-entropy of the targets. `sampled`: cross-entropy of labels drawn from the model's
+    own distribution by inverse transform of `noise` (the Fisher's gradient). `margin`: m = z_y -
+    max_{j != y} z_j.
     """
     z = logits.float()
     if labels == "margin":
@@ -144,7 +160,9 @@ def loss_gradient(
         steps = gradient.cumsum(-1)
         draw = noise.to(steps.dtype)[:, None] * steps[:, -1:]
         targets = torch.searchsorted(steps, draw, right=True).clamp_(max=z.shape[1] - 1)[:, 0]
-    return gradient.scatter_add_(1, targets[:, None], torch.full_like(targets[:, None], -1, dtype=z.dtype))
+    return gradient.scatter_add_(
+        1, targets[:, None], torch.full_like(targets[:, None], -1, dtype=z.dtype)
+    )
 
 
 CHUNK = 1 << 25
@@ -160,9 +178,11 @@ def backward_from_loss(
     where: str,
     running: Callable[[], AbstractContextManager] = nullcontext,
 ) -> None:
-    """One forward and one backward pass of the sum-reduced loss over the batch's predicting positions.
+    """One forward and one backward pass of the sum-reduced loss over the batch's predicting
+    positions.
 
-    Gradients flow to whatever requires them; `running` is entered around the backward pass through the body. Raises ValueError on non-finite logits (`where` names the batch).
+    Gradients flow to whatever requires them; `running` is entered around the backward pass through
+    the body. Raises ValueError on non-finite logits (`where` names the batch).
     """
     device = device_of(forward.model)
     hidden = forward.hidden(batch.ids.to(device))

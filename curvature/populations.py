@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import itertools
 import json
@@ -24,7 +25,8 @@ _SUFFIXES = {".jsonl": "json", ".json": "json", ".txt": "text", ".parquet": "par
 
 @dataclass(frozen=True)
 class Document:
-    """One document: a prompt that is given and an answer that is scored. Plain text is an answer without a prompt."""
+    """One document: a prompt that is given and an answer that is scored. Plain text is an answer
+    without a prompt."""
 
     prompt: str
     answer: str
@@ -41,7 +43,8 @@ class Document:
 
 @dataclass(frozen=True)
 class Population:
-    """A body of text with a role: `reference` (ordinary text), `memorized` (what must go), `reasoning` (what must stay)."""
+    """A body of text with a role: `reference` (ordinary text), `memorized` (what must go),
+    `reasoning` (what must stay)."""
 
     name: str
     role: Role
@@ -58,8 +61,9 @@ class Population:
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of tokens. ids, mask: [rows, width] long. scored: [rows, width] bool, True at tokens whose prediction counts
-    (never the first of a row); what is predicted at position t is the token at t + 1."""
+    """Rows of tokens. ids, mask: [rows, width] long. scored: [rows, width] bool, True at tokens
+    whose prediction counts (never the first of a row); what is predicted at position t is the token
+    at t + 1."""
 
     ids: torch.Tensor
     mask: torch.Tensor
@@ -74,9 +78,9 @@ class Batch:
 
     @property
     def counted(self) -> torch.Tensor:
-        """[rows, width] bool: real tokens at or before the last predicting position of their row. Prompt tokens are
-        among them, because loss gradients reach them through later positions; padding and what follows the last
-        scored prediction are not."""
+        """[rows, width] bool: real tokens at or before the last predicting position of their row.
+        Prompt tokens are among them, because loss gradients reach them through later positions;
+        padding and what follows the last scored prediction are not."""
         later = self.predicting.flip(1).cumsum(1).flip(1) > 0
         return later & self.mask.bool()
 
@@ -92,25 +96,29 @@ class Split:
     duplicates: int
 
 
-# Loading --------------------------------------------------------------------------------------------------------------
+# Loading ------------------------------------------------------------------------------------------
 
 
 def load_population(
     source: str | Path, role: Role, *, name: str | None = None, limit: int | None = None
 ) -> Population:
-    """Read a population from a file, a folder or a `datasets` name, streaming, at most `limit` documents.
+    """Read a population from a file, a folder or a `datasets` name, streaming, at most `limit`
+    documents.
 
-    `.jsonl`, `.json` and `.parquet` rows hold {"text"} or {"prompt", "answer"}; `.txt` is split into paragraphs at blank lines;
-    anything else is a `datasets` name or folder, written `name`, `name:split` or `name:config:split` (split: train).
+    `.jsonl`, `.json` and `.parquet` rows hold {"text"} or {"prompt", "answer"}; `.txt` is split
+    into paragraphs at blank lines; anything else is a `datasets` name or folder, written `name`,
+    `name:split` or `name:config:split` (split: train).
 
-    Raises ValueError for a path that does not exist, an empty file, a single document, malformed JSON, and rows without
-    the expected keys (with their line number).
+    Raises ValueError for a path that does not exist, an empty file, a single document, malformed
+    JSON, and rows without the expected keys (with their line number).
     """
     source = str(source)
     if role not in get_args(Role):
         raise ValueError(f"unknown role {role!r}: expected one of {', '.join(get_args(Role))}")
     if limit is not None and limit < 2:
-        raise ValueError(f"{source}: limit {limit} is too small, a population needs at least two documents")
+        raise ValueError(
+            f"{source}: limit {limit} is too small, a population needs at least two documents"
+        )
     documents = []
     for document in _read(source):
         documents.append(document)
@@ -119,7 +127,9 @@ def load_population(
     if not documents:
         raise ValueError(f"{source} is empty: expected at least two documents of {role} text")
     if len(documents) == 1:
-        raise ValueError(f"{source} holds one document only: an estimate on a population needs at least two")
+        raise ValueError(
+            f"{source} holds one document only: an estimate on a population needs at least two"
+        )
     return Population(name or Path(source).stem, role, tuple(documents), source)
 
 
@@ -135,13 +145,18 @@ def _read(source: str) -> Iterator[Document]:
             try:
                 text = path.read_text(encoding="utf-8")
             except UnicodeDecodeError as error:
-                raise ValueError(f"{source} is not UTF-8 text (byte {error.start}): convert it first") from error
+                raise ValueError(
+                    f"{source} is not UTF-8 text (byte {error.start}): convert it first"
+                ) from error
             paragraphs = (p.strip() for p in re.split(r"\n[ \t\r]*\n", text))
             yield from (Document("", p) for p in paragraphs if p)
             return
         rows = _stream(source, kind, data_files=str(path))
     elif path.is_file():
-        raise ValueError(f"{source}: expected a .jsonl, .json, .txt or .parquet file or a folder, not {path.suffix!r}")
+        raise ValueError(
+            f"{source}: expected a .jsonl, .json, .txt or .parquet file or a folder, not "
+            f"{path.suffix!r}"
+        )
     elif (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
         import datasets
 
@@ -166,7 +181,11 @@ def _stream(source: str, path: str, *, split: str = "train", **arguments: Any) -
     except Exception as error:
         if path == "json":
             _explain_json(Path(source))
-        hint = "" if path in _SUFFIXES.values() else " (neither a file nor a folder here, so a dataset name)"
+        hint = (
+            ""
+            if path in _SUFFIXES.values()
+            else " (neither a file nor a folder here, so a dataset name)"
+        )
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"{source}: cannot be read{hint}: {reason}") from error
 
@@ -182,7 +201,9 @@ def _explain_json(path: Path) -> None:
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path}, line {number}: not valid JSON ({error.msg})") from error
             if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}")
+                raise ValueError(
+                    f"{path}, line {number}: expected a JSON object, found {type(row).__name__}"
+                )
 
 
 def _document(source: str, kind: str | None, k: int, row: dict) -> Document:
@@ -209,12 +230,13 @@ def _line_number(path: Path, record: int) -> int:
     return record + 1
 
 
-# Splitting and mixing -------------------------------------------------------------------------------------------------
+# Splitting and mixing -----------------------------------------------------------------------------
 
 
 def split_population(population: Population, shares: Mapping[str, float], seed: int = 0) -> Split:
-    """Disjoint parts by a hash of each document, so that the part of a document depends on its text and the seed alone
-    and duplicates never straddle a border. Duplicates (up to case and white space) are left out first and counted.
+    """Disjoint parts by a hash of each document, so that the part of a document depends on its text
+    and the seed alone and duplicates never straddle a border. Duplicates (up to case and white
+    space) are left out first and counted.
 
     shares: part name -> share of the documents, summing to 1; sizes follow the shares up to chance.
     Raises ValueError for shares that do not sum to 1 and for a part that comes out empty.
@@ -222,25 +244,28 @@ def split_population(population: Population, shares: Mapping[str, float], seed: 
     if not shares or any(s <= 0 for s in shares.values()) or abs(sum(shares.values()) - 1) > 1e-6:
         raise ValueError(f"split shares must be positive and sum to 1, got {dict(shares)}")
     distinct = {document.key: document for document in reversed(population.documents)}
-    parts: dict[str, list[Document]] = {part: [] for part in shares}
+    names, borders = list(shares), list(itertools.accumulate(shares.values()))
+    parts: dict[str, list[Document]] = {name: [] for name in names}
     for document in dict.fromkeys(population.documents):
         if distinct.get(document.key) is not document:
             continue
-        draw = int.from_bytes(hashlib.sha256(f"{seed}:{document.key}".encode()).digest()[:8]) / 2**64
-        for part, share in shares.items():
-            draw -= share
-            if draw < 0:
-                break
-        parts[part].append(document)
+        draw = (
+            int.from_bytes(hashlib.sha256(f"{seed}:{document.key}".encode()).digest()[:8]) / 2**64
+        )
+        place = min(bisect.bisect_right(borders, draw), len(names) - 1)
+        parts[names[place]].append(document)
     for part, documents in parts.items():
         if not documents:
             raise ValueError(
-                f"population {population.name!r} ({len(distinct)} distinct documents) leaves the part {part!r} empty: "
+                f"population {population.name!r} ({len(distinct)} distinct documents) "
+                f"leaves the part {part!r} empty: "
                 "give more documents or fewer parts"
             )
     return Split(
         {
-            part: Population(f"{population.name}/{part}", population.role, tuple(documents), population.source)
+            part: Population(
+                f"{population.name}/{part}", population.role, tuple(documents), population.source
+            )
             for part, documents in parts.items()
         },
         len(population.documents) - len(distinct),
@@ -248,29 +273,39 @@ def split_population(population: Population, shares: Mapping[str, float], seed: 
 
 
 def mix_populations(
-    populations: Sequence[Population], weights: Sequence[float], *, name: str, role: Role, seed: int = 0
+    populations: Sequence[Population],
+    weights: Sequence[float],
+    *,
+    name: str,
+    role: Role,
+    seed: int = 0,
 ) -> Population:
-    """A mixture whose shares of text (in characters) follow the weights: documents are taken from the population that is
-    furthest behind its share, in a seeded order and without repetition, until one of them is used up."""
+    """A mixture whose shares of text (in characters) follow the weights: documents are taken from
+    the population that is furthest behind its share, in a seeded order and without repetition,
+    until one of them is used up."""
     if len(populations) != len(weights) or not populations or any(w <= 0 for w in weights):
-        raise ValueError(f"mixture {name!r}: expected one positive weight per population, got {list(weights)}")
+        raise ValueError(
+            f"mixture {name!r}: expected one positive weight per population, got {list(weights)}"
+        )
     queues = []
     for population in populations:
         documents = list(population.documents)
         random.Random(f"mix:{seed}:{population.name}").shuffle(documents)
         queues.append(documents)
     taken = [0.0] * len(queues)
-    out = []
+    out: list[Document] = []
     while True:
         k = min(range(len(queues)), key=lambda i: taken[i])
         if not queues[k]:
-            return Population(name, role, tuple(out), " + ".join(p.source or p.name for p in populations))
+            return Population(
+                name, role, tuple(out), " + ".join(p.source or p.name for p in populations)
+            )
         document = queues[k].pop()
         taken[k] += len(document.text) / weights[k]
         out.append(document)
 
 
-# Batches --------------------------------------------------------------------------------------------------------------
+# Batches ------------------------------------------------------------------------------------------
 
 
 def batches(
@@ -283,18 +318,21 @@ def batches(
     seed: int = 0,
     score_end: bool = False,
 ) -> Iterator[Batch]:
-    """Documents in a seeded order, each as `<bos> prompt answer <eos>` (bos where the tokenizer adds one), packed first-fit
-    into rows of `width` tokens and padded on the right; stops after `tokens` scored tokens.
+    """Documents in a seeded order, each as `<bos> prompt answer <eos>` (bos where the tokenizer
+    adds one), packed first-fit into rows of `width` tokens and padded on the right; stops after
+    `tokens` scored tokens.
 
-    Scored are the tokens of answers, but never the first token of a document or row, and `<eos>` with `score_end` only
-    (an excerpt does not end where its text ends). Text without a prompt that is longer than a row is cut into rows which
-    overlap in one token, so that every token is scored once.
+    Scored are the tokens of answers, but never the first token of a document or row, and `<eos>`
+    with `score_end` only (an excerpt does not end where its text ends). Text without a prompt that
+    is longer than a row is cut into rows which overlap in one token, so that every token is scored
+    once.
 
-    Raises ValueError for a prompt with an answer that do not fit into a row, and where nothing is left to score.
+    Raises ValueError for a prompt with an answer that do not fit into a row, and where nothing is
+    left to score.
     """
     if width < 2 or batch_size < 1:
         raise ValueError(f"width {width} and batch_size {batch_size}: expected at least 2 and 1")
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
+    pad = _padding(tokenizer)
     left = float("inf") if tokens is None else tokens
     pending: list[tuple[list[int], list[bool]]] = []
     found = False
@@ -313,7 +351,9 @@ def batches(
     if pending:
         yield _batch(pending, width, pad)
     if not found:
-        raise ValueError(f"population {population.name!r} has no token to score: every document is too short")
+        raise ValueError(
+            f"population {population.name!r} has no token to score: every document is too short"
+        )
 
 
 def endless_batches(
@@ -325,8 +365,9 @@ def endless_batches(
     seed: int = 0,
     score_end: bool = False,
 ) -> Iterator[Batch]:
-    """Full batches for training, as of `batches`, over and over the population in a new seeded order each time."""
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
+    """Full batches for training, as of `batches`, over and over the population in a new seeded
+    order each time."""
+    pad = _padding(tokenizer)
 
     def pieces() -> Iterator[tuple[list[int], list[bool]]]:
         for epoch in itertools.count():
@@ -334,7 +375,10 @@ def endless_batches(
             for some in _pieces(population, tokenizer, width, f"{seed}:{epoch}", score_end):
                 yield some
             if some is None:
-                raise ValueError(f"population {population.name!r} has no token to score: every document is too short")
+                raise ValueError(
+                    f"population {population.name!r} has no token to score: every document "
+                    "is too short"
+                )
 
     rows = _pack(pieces(), width)
     while True:
@@ -342,7 +386,11 @@ def endless_batches(
 
 
 def _pieces(
-    population: Population, tokenizer: PreTrainedTokenizerBase, width: int, seed: int | str, score_end: bool
+    population: Population,
+    tokenizer: PreTrainedTokenizerBase,
+    width: int,
+    seed: int | str,
+    score_end: bool,
 ) -> Iterator[tuple[list[int], list[bool]]]:
     """Token ids and scored flags of each document, cut to at most `width` tokens."""
     order = list(range(len(population.documents)))
@@ -355,11 +403,18 @@ def _pieces(
             if eos is not None and ids[-1] != eos:
                 ids.append(eos)
                 scored.append(score_end)
-            if len(ids) > width and eos is not None and ids[-1] == eos and len(ids) == width + 1 and not score_end:
+            if (
+                len(ids) > width
+                and eos is not None
+                and ids[-1] == eos
+                and len(ids) == width + 1
+                and not score_end
+            ):
                 ids, scored = ids[:-1], scored[:-1]
             if len(ids) > width and document.prompt:
                 raise ValueError(
-                    f"population {population.name!r}: the document {document.text[:40]!r}... has {len(ids)} tokens and does "
+                    f"population {population.name!r}: the document "
+                    f"{document.text[:40]!r}... has {len(ids)} tokens and does "
                     f"not fit into a row of {width}: raise the width or shorten the prompt"
                 )
             for cut in range(0, max(1, len(ids) - 1), width - 1):
@@ -371,13 +426,16 @@ def _pieces(
 def _encode(
     tokenizer: PreTrainedTokenizerBase, documents: list[Document]
 ) -> list[tuple[list[int], list[bool]]]:
-    """Token ids and, for each, whether it reaches beyond the prompt. A token that spans the border belongs to the answer."""
+    """Token ids and, for each, whether it reaches beyond the prompt. A token that spans the border
+    belongs to the answer."""
     texts = [document.text for document in documents]
     if tokenizer.is_fast:
         encoded = tokenizer(texts, return_offsets_mapping=True, verbose=False)
         return [
             (list(ids), [end > len(document.prompt) for _, end in offsets])
-            for document, ids, offsets in zip(documents, encoded["input_ids"], encoded["offset_mapping"], strict=True)
+            for document, ids, offsets in zip(
+                documents, encoded["input_ids"], encoded["offset_mapping"], strict=True
+            )
         ]
     out = []
     for document, ids in zip(documents, tokenizer(texts, verbose=False)["input_ids"], strict=True):
@@ -393,7 +451,8 @@ def _encode(
 def _pack(
     pieces: Iterator[tuple[list[int], list[bool]]], width: int
 ) -> Iterator[tuple[list[int], list[bool]]]:
-    """First-fit into at most `OPEN_ROWS` rows; a full row leaves at once, else the oldest makes room."""
+    """First-fit into at most `OPEN_ROWS` rows; a full row leaves at once, else the oldest makes
+    room."""
     rows: list[tuple[list[int], list[bool]]] = []
     for ids, scored in pieces:
         k = next((k for k, row in enumerate(rows) if len(row[0]) + len(ids) <= width), None)
@@ -408,6 +467,11 @@ def _pack(
         if len(rows[k][0]) == width:
             yield rows.pop(k)
     yield from rows
+
+
+def _padding(tokenizer: PreTrainedTokenizerBase) -> int:
+    pad = tokenizer.pad_token_id
+    return pad if pad is not None else (tokenizer.eos_token_id or 0)
 
 
 def _batch(rows: list[tuple[list[int], list[bool]]], width: int, pad: int) -> Batch:

@@ -1,7 +1,9 @@
-"""Spectra of the Hessian of the loss by PyHessian (Yao et al. 2020): top eigenvalues, trace and density.
+"""Spectra of the Hessian of the loss by PyHessian (Yao et al. 2020): top eigenvalues, trace and
+density.
 
-PyHessian was made for image classifiers. The adapter here gives it a module that returns the loss, attention that can be
-differentiated twice, batches weighted by tokens, a trace that uses every probe, and an eigensolver that torch still has.
+PyHessian was made for image classifiers. The adapter here gives it a module that returns the loss,
+attention that can be differentiated twice, batches weighted by tokens, a trace that uses every
+probe, and an eigensolver that torch still has.
 """
 
 from __future__ import annotations
@@ -29,8 +31,9 @@ from curvature.targets import Target
 class Spectrum:
     """Spectrum of the Hessian (of the mean loss in nats per token) over `parameters` weights.
 
-    eigenvalues: the largest in absolute value, in that order. trace, trace_error: Hutchinson estimate over `probes` and its standard
-    error. density_values, density_weights: Ritz values and weights (summing to 1) of stochastic Lanczos quadrature, all runs joined.
+    eigenvalues: the largest in absolute value, in that order. trace, trace_error: Hutchinson
+    estimate over `probes` and its standard error. density_values, density_weights: Ritz values and
+    weights (summing to 1) of stochastic Lanczos quadrature, all runs joined.
     """
 
     name: str
@@ -45,9 +48,11 @@ class Spectrum:
 
 
 class _LossModule(nn.Module):
-    """Takes [rows, 2, width] (ids; labels with -100 where nothing is scored) and returns the batch's share of the loss.
+    """Takes [rows, 2, width] (ids; labels with -100 where nothing is scored) and returns the
+    batch's share of the loss.
 
-    PyHessian averages batches by their rows; `scale / rows` undoes that, so that every token weighs the same.
+    PyHessian averages batches by their rows; `scale / rows` undoes that, so that every token weighs
+    the same.
     """
 
     def __init__(self, model: nn.Module, scale: float):
@@ -57,12 +62,15 @@ class _LossModule(nn.Module):
     def forward(self, packed: torch.Tensor) -> torch.Tensor:
         ids, labels = packed[:, 0], packed[:, 1]
         logits = self.model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-        total = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
+        total = F.cross_entropy(
+            logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
+        )
         return total * (self.scale / len(ids))
 
 
 class _TorchWithEig:
-    """torch, with the `eig` that it dropped and that PyHessian's density calls on a symmetric matrix."""
+    """torch, with the `eig` that it dropped and that PyHessian's density calls on a symmetric
+    matrix."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)
@@ -98,12 +106,15 @@ def pyhessian_spectrum(
     density_runs: int = 1,
     seed: int = 0,
 ) -> Spectrum:
-    """Spectrum of the Hessian over the weights of `targets` taken together (None: the whole model) on a few batches.
+    """Spectrum of the Hessian over the weights of `targets` taken together (None: the whole model)
+    on a few batches.
 
-    top: number of eigenvalues by power iteration (0: none). trace_probes: Rademacher probes (0: no trace, NaN). density_steps: Lanczos steps per
-    density run (0: none). One batch keeps its graph and is cheapest. The model is left as it was, gradients and attention included.
+    top: number of eigenvalues by power iteration (0: none). trace_probes: Rademacher probes (0: no
+    trace, NaN). density_steps: Lanczos steps per density run (0: none). One batch keeps its graph
+    and is cheapest. The model is left as it was, gradients and attention included.
 
-    Raises ValueError for weights that are not float32/float64, a loss that is not finite, and where nothing is scored.
+    Raises ValueError for weights that are not float32/float64, a loss that is not finite, and where
+    nothing is scored.
     """
     from pyhessian import hessian
 
@@ -111,11 +122,15 @@ def pyhessian_spectrum(
     chosen = list(model.parameters()) if targets is None else [t.parameter for t in targets]
     label = name or ("model" if targets is None else ", ".join(t.name for t in targets))
     if any(p.dtype not in (torch.float32, torch.float64) for p in model.parameters()):
-        raise ValueError(f"{label}: second derivatives need float32 weights: load the model with dtype float32")
+        raise ValueError(
+            f"{label}: second derivatives need float32 weights: load the model with dtype float32"
+        )
     packed = []
     for batch in batches:
         labels = torch.where(batch.scored, batch.ids, torch.full_like(batch.ids, -100))
-        packed.append((torch.stack((batch.ids, labels), 1).to(device), torch.zeros(1, device=device)))
+        packed.append(
+            (torch.stack((batch.ids, labels), 1).to(device), torch.zeros(1, device=device))
+        )
     tokens = sum(int(batch.scored[:, 1:].sum()) for batch in batches)
     if tokens == 0:
         raise ValueError(f"{label}: the batches have no scored token")
@@ -156,7 +171,9 @@ def pyhessian_spectrum(
             values = [float(v) for run in all_values for v in run]
             weights = [float(w) / density_runs for run in all_weights for w in run]
         del h
-    error = float(np.std(samples, ddof=1) / math.sqrt(len(samples))) if len(samples) > 1 else math.nan
+    error = (
+        float(np.std(samples, ddof=1) / math.sqrt(len(samples))) if len(samples) > 1 else math.nan
+    )
     return Spectrum(
         label,
         sum(p.numel() for p in chosen),
@@ -179,7 +196,8 @@ def pyhessian_spectra(
     progress: str | None = None,
     **settings: Any,
 ) -> dict[str, Spectrum]:
-    """`pyhessian_spectrum` of each target by name and, with `whole_model`, of all weights under the name `model`."""
+    """`pyhessian_spectrum` of each target by name and, with `whole_model`, of all weights under the
+    name `model`."""
     jobs: list[tuple[str, list[Target] | None]] = [(t.name, [t]) for t in targets]
     if whole_model:
         jobs.append(("model", None))
@@ -192,12 +210,15 @@ def pyhessian_spectra(
 def density_curve(
     values: Sequence[float], weights: Sequence[float], points: int = 400, width: float = 0.02
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(grid, density) of a quadrature smoothed by Gaussians whose standard deviation is `width` of the range; integrates to 1."""
+    """(grid, density) of a quadrature smoothed by Gaussians whose standard deviation is `width` of
+    the range; integrates to 1."""
     v, w = np.asarray(values, float), np.asarray(weights, float)
     if not len(v):
         raise ValueError("the spectrum has no density: ask for density_steps > 0")
     spread = max(float(v.max() - v.min()), 1e-12)
     sigma = width * spread
     grid = np.linspace(v.min() - 4 * sigma, v.max() + 4 * sigma, points)
-    bumps = np.exp(-((grid[:, None] - v[None]) ** 2) / (2 * sigma**2)) / (sigma * math.sqrt(2 * math.pi))
+    bumps = np.exp(-((grid[:, None] - v[None]) ** 2) / (2 * sigma**2)) / (
+        sigma * math.sqrt(2 * math.pi)
+    )
     return grid, bumps @ w

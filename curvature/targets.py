@@ -18,7 +18,8 @@ from transformers.pytorch_utils import Conv1D
 GATE = ("gate_proj", "w1", "wi_0")
 UP = ("up_proj", "w3", "wi_1", "c_fc", "dense_h_to_4h", "fc1", "fc_in")
 DOWN = ("down_proj", "w2", "wo", "c_proj", "dense_4h_to_h", "fc2", "fc_out")
-"""Last names of MLP matrices: with `gate`, the MLP is down(act(gate x) * up x), without it down(act(up x))."""
+"""Last names of MLP matrices: with `gate`, the MLP is down(act(gate x) * up x), without it
+down(act(up x))."""
 
 SHORTHANDS: dict[str, tuple[str, ...]] = {
     "mlp": ("mlp", "feed_forward", "ffn", "block_sparse_moe", "experts", "fc1", "fc2"),
@@ -39,8 +40,9 @@ Kind = Literal["linear", "conv1d"]
 class Target:
     """One weight matrix, y = W a + b with W in R^{d_out x d_in}.
 
-    layer: index of the block, -1 outside of blocks. kind: `linear` (weight [d_out, d_in]) or `conv1d` (GPT-2, weight
-    [d_in, d_out]). input_group: targets of one group read the same input and share one A.
+    layer: index of the block, -1 outside of blocks. kind: `linear` (weight [d_out, d_in]) or
+    `conv1d` (GPT-2, weight [d_in, d_out]). input_group: targets of one group read the same input
+    and share one A.
     """
 
     name: str
@@ -90,7 +92,8 @@ class MlpBlock:
 
 
 def parse_layers(layers: str | Iterable[int] | None, count: int) -> set[int] | None:
-    """Layer numbers of `"3-5"`, `"0,2,7-"`, or any iterable of integers (negative ones count from the end).
+    """Layer numbers of `"3-5"`, `"0,2,7-"`, or any iterable of integers (negative ones count from
+    the end).
 
     Raises ValueError for text that is not a list of ranges and for a layer that the model lacks.
     """
@@ -101,7 +104,9 @@ def parse_layers(layers: str | Iterable[int] | None, count: int) -> set[int] | N
         for part in re.split(r"[,\s]+", layers.strip()):
             match = re.fullmatch(r"(\d*)(-?)(\d*)", part)
             if not part or match is None or part == "-":
-                raise ValueError(f"layers {layers!r}: expected numbers and ranges as in '3-5' or '0,2,7-'")
+                raise ValueError(
+                    f"layers {layers!r}: expected numbers and ranges as in '3-5' or '0,2,7-'"
+                )
             first, dash, last = match.groups()
             start = int(first) if first else 0
             end = int(last) if last else (count - 1 if dash else start)
@@ -132,7 +137,9 @@ def _matches(pattern: str, name: str) -> bool:
     try:
         return re.search(pattern, name) is not None
     except re.error as error:
-        raise ValueError(f"target pattern {pattern!r} is not a valid regular expression: {error}") from error
+        raise ValueError(
+            f"target pattern {pattern!r} is not a valid regular expression: {error}"
+        ) from error
 
 
 def _why_unusable(module: nn.Module) -> str | None:
@@ -140,7 +147,11 @@ def _why_unusable(module: nn.Module) -> str | None:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, torch.Tensor):
         return "has packed (quantized) weights" if hasattr(module, "qweight") else "has no weight"
-    if weight.dtype not in _DTYPES or type(weight.data) is not torch.Tensor or hasattr(weight, "quant_state"):
+    if (
+        weight.dtype not in _DTYPES
+        or type(weight.data) is not torch.Tensor
+        or hasattr(weight, "quant_state")
+    ):
         return f"is quantized or packed ({weight.dtype}, {type(module).__name__})"
     return None
 
@@ -150,11 +161,13 @@ def select_targets(
 ) -> list[Target]:
     """Targets in the model's order whose name matches any pattern.
 
-    A pattern is `mlp`, `attention`, `mixer` (Mamba), `all`, a dotted part of a name (`gate_proj`, `mlp.down_proj`), `layers 3-5`
-    (narrows the others down) or a regular expression. `nn.Linear` and GPT-2's `Conv1D` can be targets.
+    A pattern is `mlp`, `attention`, `mixer` (Mamba), `all`, a dotted part of a name (`gate_proj`,
+    `mlp.down_proj`), `layers 3-5` (narrows the others down) or a regular expression. `nn.Linear`
+    and GPT-2's `Conv1D` can be targets.
 
-    Raises ValueError, naming the matrix, where nothing matches (with what there is), and where a match is tied to another
-    weight, quantized, or holds fused experts (a 3-D parameter), which no collector of 2-D factors sees.
+    Raises ValueError, naming the matrix, where nothing matches (with what there is), and where a
+    match is tied to another weight, quantized, or holds fused experts (a 3-D parameter), which no
+    collector of 2-D factors sees.
     """
     if isinstance(patterns, str):
         patterns = [patterns]
@@ -185,7 +198,8 @@ def select_targets(
             for parameter_name, parameter in module.named_parameters(recurse=False):
                 if parameter.ndim == 3:
                     raise ValueError(
-                        f"{name}.{parameter_name} holds fused experts {tuple(parameter.shape)}, which are not supported: "
+                        f"{name}.{parameter_name} holds fused experts "
+                        f"{tuple(parameter.shape)}, which are not supported: "
                         "leave it out of the target patterns (for example, choose attention)"
                     )
         packed = hasattr(module, "qweight")
@@ -202,35 +216,54 @@ def select_targets(
         weight: torch.Tensor = module.weight  # type: ignore[assignment]
         tied = [other for other in owners[id(weight)] if other != f"{name}.weight"]
         if tied:
-            raise ValueError(f"{name} is tied to {tied[0]}: an edit would change both, so choose other targets")
+            raise ValueError(
+                f"{name} is tied to {tied[0]}: an edit would change both, so choose other targets"
+            )
         is_conv = isinstance(module, Conv1D)
         d_in, d_out = weight.shape if is_conv else weight.shape[::-1]
         parent, _, last = name.rpartition(".")
         group = f"{parent}.{_SHARED_INPUT[last]}" if last in _SHARED_INPUT else name
-        targets.append(Target(name, layer, "conv1d" if is_conv else "linear", d_in, d_out, group, module))
+        targets.append(
+            Target(name, layer, "conv1d" if is_conv else "linear", d_in, d_out, group, module)
+        )
     if not targets:
         shown = sorted({re.sub(r"\.\d+\.", ".*.", name) for name in available})
         where = "" if chosen is None else f" in layers {sorted(chosen)}"
-        raise ValueError(f"target patterns {names}{where} match nothing; the model has: {', '.join(shown) or 'none'}")
+        raise ValueError(
+            f"target patterns {names}{where} match nothing; the model has: "
+            f"{', '.join(shown) or 'none'}"
+        )
     return targets
 
 
 def mlp_blocks(model: nn.Module, layers: str | Iterable[int] | None = None) -> list[MlpBlock]:
-    """The MLP of every (chosen) layer, in order. Raises ValueError where a layer's MLP is not gate/up/down or up/down (fused
-    gate and up, experts), and as `select_targets` does."""
+    """The MLP of every (chosen) layer, in order. Raises ValueError where a layer's MLP is not
+    gate/up/down or up/down (fused gate and up, experts), and as `select_targets` does."""
     by_layer: dict[int, dict[str, Target]] = defaultdict(dict)
     for target in select_targets(model, ("mlp",), layers):
         last = target.name.rpartition(".")[2]
-        role = next((r for r, known in (("gate", GATE), ("up", UP), ("down", DOWN)) if last in known), None)
+        role = next(
+            (r for r, known in (("gate", GATE), ("up", UP), ("down", DOWN)) if last in known), None
+        )
         if role is None or role in by_layer[target.layer]:
-            raise ValueError(f"{target.name}: the MLP of this layer is not of a known form (gate/up/down or up/down)")
+            raise ValueError(
+                f"{target.name}: the MLP of this layer is not of a known form (gate/up/down "
+                "or up/down)"
+            )
         by_layer[target.layer][role] = target
     blocks = []
     for layer, parts in sorted(by_layer.items()):
         if "up" not in parts or "down" not in parts:
-            raise ValueError(f"layer {layer}: expected up and down matrices in the MLP, found {sorted(parts)}")
+            raise ValueError(
+                f"layer {layer}: expected up and down matrices in the MLP, found {sorted(parts)}"
+            )
         block = MlpBlock(layer, parts.get("gate"), parts["up"], parts["down"])
-        if block.down.d_in != block.neurons or (block.gate is not None and block.gate.d_out != block.neurons):
-            raise ValueError(f"{block.down.name}: its inputs are not the {block.neurons} neurons of {block.up.name}")
+        if block.down.d_in != block.neurons or (
+            block.gate is not None and block.gate.d_out != block.neurons
+        ):
+            raise ValueError(
+                f"{block.down.name}: its inputs are not the {block.neurons} neurons of "
+                f"{block.up.name}"
+            )
         blocks.append(block)
     return blocks

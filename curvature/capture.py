@@ -1,0 +1,244 @@
+"""Hooks that hand every counted token's input and output gradient of every target to the
+estimators.
+
+This file gathers; `factors`, `diagonals` and `perturbation` do the mathematics. Three things make a
+pass cheap: all weights are frozen, the graph starts at the lowest target's output, and targets that
+read one input hand it over once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from curvature.forward import (
+    CausalForward,
+    Labels,
+    backward_from_loss,
+    check_labels,
+    evaluation_mode,
+    label_noise,
+)
+from curvature.populations import Batch, Population, batches
+from curvature.targets import Target
+
+
+class Estimator(Protocol):
+    """What a pass feeds. Rows are the counted tokens of a batch, in the order of the batch."""
+
+    needs_pairs: bool
+    """Whether `pair` wants the inputs again with the gradients; without, they are not kept in
+    memory."""
+
+    def inputs(self, target: Target, a: torch.Tensor) -> None:
+        """a: [n, d_in]. Called once for targets that share an input, with the first of them."""
+
+    def pair(self, target: Target, a: torch.Tensor | None, g: torch.Tensor) -> None:
+        """g: [n, d_out], gradients of the sum-reduced loss; a: [n, d_in], the same tokens'
+        inputs."""
+
+
+class Capture:
+    """Hooks on targets as a context manager: hooks go on, hooks come off, whatever happens.
+
+    Before each batch call `start`, after its backward pass `finish`, and run the backward pass
+    inside `during_backward`: the forward passes that gradient checkpointing repeats there are not
+    counted twice.
+    """
+
+    def __init__(self, targets: Sequence[Target], estimator: Estimator):
+        if not targets:
+            raise ValueError("no targets: choose at least one matrix to measure")
+        self.targets, self.estimator = targets, estimator
+        self.tokens = 0
+        self.leads: dict[str, str] = {}
+        self._shared: dict[str, tuple[Target, torch.Tensor, torch.Tensor]] = {}
+        self._inputs: dict[str, torch.Tensor] = {}
+        self._index: torch.Tensor | None = None
+        self._forward_fired: set[str] = set()
+        self._backward_fired: set[str] = set()
+        self._backward_running = False
+        self._bad: dict[str, torch.Tensor] = {}
+        self._number = -1
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> Capture:
+        for target in self.targets:
+            self._handles.append(target.module.register_forward_hook(self._hook(target)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._shared.clear()
+        self._inputs.clear()
+
+    def start(self, batch: Batch, number: int) -> None:
+        counted = batch.counted.flatten()
+        self.tokens += int(counted.sum())
+        self._index = None if bool(counted.all()) else counted.nonzero()[:, 0]
+        self._number = number
+        for left_over in (self._shared, self._inputs, self._forward_fired, self._backward_fired):
+            left_over.clear()
+
+    @contextmanager
+    def during_backward(self) -> Iterator[None]:
+        self._backward_running = True
+        try:
+            yield
+        finally:
+            self._backward_running = False
+
+    def finish(self) -> None:
+        """Raises ValueError for a target that the forward or the backward pass did not reach
+        exactly once."""
+        for target in self.targets:
+            if target.name not in self._backward_fired:
+                what = (
+                    "was never run" if target.name not in self._forward_fired else "got no gradient"
+                )
+                raise ValueError(
+                    f"{target.name} {what} in batch {self._number}: leave it out of the targets"
+                )
+        self._shared.clear()
+
+    def check_finite(self) -> None:
+        """Raises ValueError that names the first target and batch whose inputs or gradients were
+        not finite."""
+        for name, bad in self._bad.items():
+            if int(bad) >= 0:
+                raise ValueError(
+                    f"{name}: inputs or gradients are not finite in batch {int(bad)}: "
+                    "the model overflows there (try float32) or its weights are broken"
+                )
+
+    def _note(self, target: Target, x: torch.Tensor) -> None:
+        """Remember a batch that is not finite without waiting for the device."""
+        bad = ~torch.isfinite(x.sum(dtype=torch.float32))
+        before = self._bad.get(target.name)
+        if before is None:
+            before = torch.full((), -1, device=x.device)
+        self._bad[target.name] = torch.where(bad & (before < 0), self._number, before)
+
+    def _rows(self, x: torch.Tensor) -> torch.Tensor:
+        flat = x.detach().reshape(-1, x.shape[-1])
+        return flat if self._index is None else flat.index_select(0, self._index.to(x.device))
+
+    def _hook(self, target: Target) -> Callable:
+        def forward_hook(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+            if not torch.is_grad_enabled():
+                raise ValueError(
+                    f"{target.name} ran without gradients: turn reentrant gradient "
+                    "checkpointing off"
+                )
+            if not output.requires_grad:
+                output.requires_grad_()
+            if self._backward_running:
+                return
+            if target.name in self._forward_fired:
+                raise ValueError(
+                    f"{target.name} ran twice in one pass: it is shared between layers"
+                )
+            self._forward_fired.add(target.name)
+            shared = self._shared.get(target.input_group)
+            if shared is not None and shared[1] is args[0]:
+                rows = shared[2]
+                self.leads[target.name] = shared[0].name
+            else:
+                rows = self._rows(args[0])
+                self._note(target, rows)
+                self.estimator.inputs(target, rows)
+                self._shared.setdefault(target.input_group, (target, args[0], rows))
+            if self.estimator.needs_pairs:
+                self._inputs[target.name] = rows
+            output.register_hook(lambda grad: backward_hook(grad))
+
+        def backward_hook(grad: torch.Tensor) -> None:
+            rows = self._rows(grad)
+            self._note(target, rows)
+            self._backward_fired.add(target.name)
+            self.estimator.pair(target, self._inputs.pop(target.name, None), rows)
+
+        return forward_hook
+
+
+@contextmanager
+def memory_advice(batch_size: int) -> Iterator[None]:
+    """Turn an out-of-memory error into one that names the setting to change."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "not enough memory" not in str(error):
+            raise
+        smaller = f"lower batch_size from {batch_size} to {batch_size // 2}"
+        advice = smaller if batch_size > 1 else "lower the width"
+        raise ValueError(f"out of memory with batch_size {batch_size}: {advice}") from error
+
+
+def is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def share_of_batches(stream: Iterator[Batch]) -> Iterator[tuple[int, int, Batch]]:
+    """(number, first row, batch) of this process's share of a stream: every world-size-th batch."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if is_distributed() else (0, 1)
+    first_row = 0
+    for number, batch in enumerate(stream):
+        if number % world == rank:
+            yield number, first_row, batch
+        first_row += len(batch.ids)
+
+
+def run_pass(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    population: Population,
+    targets: Sequence[Target],
+    estimator: Estimator,
+    *,
+    labels: Labels,
+    tokens: int | None,
+    width: int,
+    batch_size: int,
+    seed: int,
+    progress: str | None,
+    before: Callable[[Batch], None] = lambda batch: None,
+    after: Callable[[Batch], None] = lambda batch: None,
+) -> Capture:
+    """One forward and one backward pass over (this process's share of) a population, feeding the
+    estimator.
+
+    before, after: called around each batch. The model is left as it was. Raises ValueError on
+    logits, inputs or gradients that are not finite, on a target that the pass does not reach, and
+    out of memory (with the setting to turn).
+    """
+    check_labels(labels)
+    stream = batches(
+        population, tokenizer, width=width, batch_size=batch_size, tokens=tokens, seed=seed
+    )
+    bar = tqdm(desc=progress, total=tokens, unit="tok", disable=progress is None, leave=False)
+    with bar, evaluation_mode(model, frozen=True), memory_advice(batch_size):
+        forward = CausalForward(model)
+        with Capture(targets, estimator) as capture:
+            for number, first_row, batch in share_of_batches(stream):
+                sampled = labels == "sampled"
+                noise = label_noise(seed, first_row, *batch.ids.shape) if sampled else None
+                before(batch)
+                capture.start(batch, number)
+                where = f"batch {number} of population {population.name!r}"
+                backward_from_loss(
+                    forward, batch, labels, noise, where=where, running=capture.during_backward
+                )
+                capture.finish()
+                after(batch)
+                bar.update(int(batch.scored.sum()))
+        capture.check_finite()
+    return capture
