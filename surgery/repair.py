@@ -82,7 +82,7 @@ def refit_in_order(
     batches: Callable[[], Iterable[Batch]],
     *,
     eps: float = 1e-4,
-    stream: bool = True,
+    stream: bool | None = None,
 ) -> None:
     """Refit every `down_proj` of `small` in place, layer by layer, against `model` as the teacher.
 
@@ -96,6 +96,8 @@ def refit_in_order(
     batches: a callable that yields the same batches at every call. Costs two forward passes of
     `batches` per layer. Raises ValueError where no token came.
     """
+    if stream is None:
+        stream = not any("post_feedforward" in name for name, _ in small.named_modules())
     device = next(small.parameters()).device
     teachers = {block.layer: block for block in mlp_blocks(model)}
     for block in mlp_blocks(small):

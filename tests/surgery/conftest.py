@@ -21,12 +21,12 @@ def memories():
     return Population("memories", "memorized", tuple(Document("", t) for t in texts))
 
 
-@pytest.fixture()
+@pytest.fixture
 def targets(tiny_llama):
     return select_targets(tiny_llama)
 
 
-@pytest.fixture()
+@pytest.fixture
 def factors(tiny_llama, tokenizer, reasoning, memories, targets):
     settings = {"tokens": None, "width": 96, "batch_size": 16}
     keep = collect_factors(tiny_llama, tokenizer, reasoning, targets, **settings)
@@ -34,6 +34,6 @@ def factors(tiny_llama, tokenizer, reasoning, memories, targets):
     return {"reasoning": keep, "memorized": gone}
 
 
-@pytest.fixture()
+@pytest.fixture
 def ids():
     return torch.randint(0, 100, (2, 20), generator=torch.Generator().manual_seed(0))
