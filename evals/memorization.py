@@ -1,8 +1,8 @@
 """What a model recites: everything that one teacher-forced pass can tell.
 
-For a prompt x and a target y_1..y_n, one forward pass over (x, y) gives the arg-max prediction at every target position.
-Greedy decoding from x yields exactly y if and only if all n arg-maxes are right (each step then sees the same context), so
-strict accuracy needs no generation.
+For a prompt x and a target y_1..y_n, one forward pass over (x, y) gives the arg-max prediction at
+every target position. Greedy decoding from x yields exactly y if and only if all n arg-maxes are
+right (each step then sees the same context), so strict accuracy needs no generation.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from transformers import PreTrainedTokenizerBase
 class Recitation:
     """One scored item.
 
-    strict: all target tokens are the arg-max. right: share of target tokens that are the arg-max. extraction:
-    extraction strength 1 - (shortest revealed part of the target after which the rest is recited) / length, in [0, 1].
-    logprob: sum of log p(target token), nats. tokens: target length.
+    strict: all target tokens are the arg-max. right: share of target tokens that are the arg-max.
+    extraction: extraction strength 1 - (shortest revealed part of the target after which the rest
+    is recited) / length, in [0, 1]. logprob: sum of log p(target token), nats. tokens: target
+    length.
     """
 
     strict: bool
@@ -32,11 +33,14 @@ class Recitation:
     tokens: int
 
 
-def encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str) -> tuple[list[int], int]:
+def encode_pair(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, target: str
+) -> tuple[list[int], int]:
     """Token ids of `prompt + target` and the number of prompt tokens.
 
-    Raises ValueError where the target is empty or where the prompt tokenizes differently alone and in context (the border
-    would then fall inside a token, and the score would belong to another text).
+    Raises ValueError where the target is empty or where the prompt tokenizes differently alone and
+    in context (the border would then fall inside a token, and the score would belong to another
+    text).
     """
     ids = tokenizer(prompt + target)["input_ids"]
     start = tokenizer(prompt)["input_ids"]
@@ -50,7 +54,9 @@ def encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str) ->
     if len(ids) == len(start):
         raise ValueError(f"the target after {prompt[-40:]!r} has no tokens")
     if not start:
-        raise ValueError(f"the prompt before {target[:40]!r} has no tokens, so its first token cannot be scored")
+        raise ValueError(
+            f"the prompt before {target[:40]!r} has no tokens, so its first token cannot be scored"
+        )
     return ids, len(start)
 
 
@@ -64,8 +70,9 @@ def recite(
 ) -> list[Recitation]:
     """Score (prompt, target) pairs by one teacher-forced pass each, in the order given.
 
-    Sequences are right-padded and batched by length; under a causal mask padding on the right changes nothing to its
-    left. Raises ValueError on non-finite logits and on what `encode_pair` refuses.
+    Sequences are right-padded and batched by length; under a causal mask padding on the right
+    changes nothing to its left. Raises ValueError on non-finite logits and on what `encode_pair`
+    refuses.
     """
     encoded = [encode_pair(tokenizer, *pair) for pair in pairs]
     order = sorted(range(len(encoded)), key=lambda k: -len(encoded[k][0]))
@@ -82,11 +89,13 @@ def recite(
             mask[row, : len(tokens)] = 1
         logits = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
         for row, k in enumerate(batch):
-            tokens, start = encoded[k]
-            target = torch.tensor(tokens[start:], device=device)
-            z = logits[row, start - 1 : len(tokens) - 1].float()
+            pair, start = encoded[k]
+            target = torch.tensor(pair[start:], device=device)
+            z = logits[row, start - 1 : len(pair) - 1].float()
             if not torch.isfinite(z).all():
-                raise ValueError(f"non-finite logits after {pairs[k][0][-40:]!r}: the model is broken")
+                raise ValueError(
+                    f"non-finite logits after {pairs[k][0][-40:]!r}: the model is broken"
+                )
             right = z.argmax(-1) == target
             wrong = (~right).nonzero()
             revealed = int(wrong[-1]) + 1 if len(wrong) else 0

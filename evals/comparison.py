@@ -1,0 +1,266 @@
+"""Base against edited on the same documents: exact paired tests, intervals, and what a test of this
+size could have seen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from scipy.optimize import brentq
+from scipy.stats import binomtest, norm
+
+from evals.reasoning import TaskResult
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A value with its confidence interval, [low, high] at `level`."""
+
+    value: float
+    low: float
+    high: float
+    level: float = 0.95
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One task, base against edited, on the same `n` documents.
+
+    lost: right before and wrong after. gained: the reverse (0 and 0 where scores are not 0/1).
+    difference: edited - base with a paired bootstrap interval. p: exact McNemar for 0/1 scores,
+    else paired bootstrap, two-sided. p_holm: adjusted over the tasks compared together. detectable:
+    smallest true difference that this test would have found with 80 % power.
+    """
+
+    task: str
+    n: int
+    base: float
+    edited: float
+    lost: int
+    gained: int
+    difference: Interval
+    p: float
+    test: Literal["mcnemar", "bootstrap"]
+    p_holm: float
+    detectable: float | None
+
+
+def rate_interval(
+    hits: int, n: int, level: float = 0.95, method: Literal["wilson", "exact"] = "wilson"
+) -> Interval:
+    """Wilson (or Clopper-Pearson, `exact`) interval of a proportion. Raises ValueError where n is
+    0."""
+    if n < 1:
+        raise ValueError("a proportion of no items has no interval")
+    interval = binomtest(int(hits), int(n)).proportion_ci(level, method=method)
+    return Interval(hits / n, float(interval.low), float(interval.high), level)
+
+
+def mcnemar(base: Sequence[float], edited: Sequence[float]) -> tuple[int, int, float]:
+    """(lost, gained, two-sided exact p) of paired 0/1 scores: under H0 the discordant pairs split
+    by a fair coin."""
+    a, b = _paired(base, edited)
+    if not (np.isin(a, (0, 1)).all() and np.isin(b, (0, 1)).all()):
+        raise ValueError(
+            "McNemar's test needs scores of 0 and 1: use the paired bootstrap for others"
+        )
+    lost, gained = int(((a == 1) & (b == 0)).sum()), int(((a == 0) & (b == 1)).sum())
+    p = float(binomtest(lost, lost + gained, 0.5).pvalue) if lost + gained else 1.0
+    return lost, gained, p
+
+
+def _paired(base: Sequence[float], edited: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    a, b = np.asarray(base, float), np.asarray(edited, float)
+    if a.shape != b.shape or a.ndim != 1 or not len(a):
+        raise ValueError(
+            f"paired scores must be two lists of one length: got {a.shape} and {b.shape}"
+        )
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        raise ValueError("paired scores must be finite")
+    return a, b
+
+
+def _resampled_means(groups: Sequence[np.ndarray], draws: int, seed: int) -> np.ndarray:
+    """[draws, columns]: mean over groups of each group's column means under resampling of its rows
+    (documents)."""
+    rng = np.random.default_rng(seed)
+    total = np.zeros((draws, groups[0].shape[1]))
+    for rows in groups:
+        # multinomial counts are resampling with replacement, without an index per draw and document
+        counts = rng.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), size=draws)
+        total += counts @ rows / len(rows)
+    return total / len(groups)
+
+
+def difference_interval(
+    base: Sequence[float],
+    edited: Sequence[float],
+    *,
+    level: float = 0.95,
+    draws: int = 4000,
+    seed: int = 0,
+) -> tuple[Interval, float]:
+    """Mean of edited - base over documents with a paired percentile bootstrap, and the bootstrap's
+    two-sided p value (twice the share of draws on the far side of 0, never below 1 / (draws +
+    1))."""
+    a, b = _paired(base, edited)
+    means = _resampled_means([(b - a)[:, None]], draws, seed)[:, 0]
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    beyond = min((means <= 0).sum(), (means >= 0).sum())
+    p = min(1.0, 2 * (beyond + 1) / (draws + 1))
+    return Interval(float((b - a).mean()), float(low), float(high), level), float(p)
+
+
+def share_interval(
+    base: Sequence[Sequence[float]],
+    edited: Sequence[Sequence[float]],
+    *,
+    level: float = 0.95,
+    draws: int = 4000,
+    seed: int = 0,
+) -> Interval | None:
+    """Edited over base, each the mean over groups (tasks) of the mean over documents, with a paired
+    bootstrap inside groups.
+
+    base, edited: one list of scores per group, documents in the same order. None where the base's
+    mean is 0: a share of nothing is not a number. Where no edited document scores, resampling has
+    no width: the upper end is then the exact (Clopper-Pearson) bound of the edited rate over the
+    base's mean.
+    """
+    if len(base) != len(edited) or not base:
+        raise ValueError(
+            f"{len(base)} groups of base scores and {len(edited)} of edited ones: "
+            "expected as many, one at least"
+        )
+    groups = [np.stack(_paired(a, b), axis=1) for a, b in zip(base, edited, strict=True)]
+    before, after = np.mean([g.mean(0) for g in groups], axis=0)
+    if before == 0:
+        return None
+    means = _resampled_means(groups, draws, seed)
+    shares = means[means[:, 0] > 0]
+    low, high = np.quantile(shares[:, 1] / shares[:, 0], [(1 - level) / 2, (1 + level) / 2])
+    if after == 0:
+        n = sum(len(g) for g in groups)
+        high = max(high, rate_interval(0, n, level, "exact").high / before)
+    return Interval(float(after / before), float(low), float(high), level)
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """Holm's step-down adjustment: p_(k) * (m - k + 1), made monotone and capped at 1, in the order
+    given."""
+    order = np.argsort(p, kind="stable")
+    m, running = len(p), 0.0
+    adjusted = [0.0] * m
+    for rank, k in enumerate(order):
+        running = max(running, min(1.0, (m - rank) * p[k]))
+        adjusted[k] = running
+    return adjusted
+
+
+def detectable_difference(
+    n: int, discordant: float, alpha: float = 0.05, power: float = 0.8
+) -> float | None:
+    """Smallest difference d of two paired proportions that McNemar's test finds with the given
+    power: n = (z_{1-alpha/2} sqrt(psi) + z_power sqrt(psi - d^2))^2 / d^2, psi = share of
+    discordant pairs (Miettinen 1968).
+
+    A share of 0 is taken as half a pair, and psi is never below d. None where no difference up to 1
+    would be found.
+    """
+    a, b = norm.ppf(1 - alpha / 2), norm.ppf(power)
+
+    def excess(d: float) -> float:
+        psi = max(discordant, 0.5 / n, d)
+        return a * math.sqrt(psi) + b * math.sqrt(max(psi - d * d, 0.0)) - d * math.sqrt(n)
+
+    if excess(1.0) > 0:
+        return None
+    return float(brentq(excess, 1e-9, 1.0))
+
+
+def paired_scores(base: TaskResult, edited: TaskResult) -> tuple[list[float], list[float]]:
+    """Scores of the two arms joined on (doc_hash, doc_id), in the base's order.
+
+    Raises ValueError where metric, filter or documents differ: such arms were not asked the same
+    questions.
+    """
+    if (base.task, base.metric, base.filter) != (edited.task, edited.metric, edited.filter):
+        raise ValueError(
+            f"task {base.task!r} ({base.metric}, {base.filter}) cannot be compared with "
+            f"{edited.task!r} ({edited.metric}, {edited.filter})"
+        )
+    other = {(s.doc_hash, s.doc_id): s.score for s in edited.samples}
+    mine = {(s.doc_hash, s.doc_id): s.score for s in base.samples}
+    if set(mine) != set(other):
+        raise ValueError(
+            f"task {base.task!r}: the two arms answered different documents "
+            f"({len(set(mine) - set(other))} only in the base, {len(set(other) - set(mine))} only "
+            "in the edited): run both on the same file"
+        )
+    return list(mine.values()), [other[key] for key in mine]
+
+
+def compare(
+    base: Sequence[TaskResult], edited: Sequence[TaskResult], *, draws: int = 4000, seed: int = 0
+) -> list[Comparison]:
+    """Every task of the base against the same task of the edited model, with Holm's adjustment over
+    all of them.
+
+    Tasks without a value in either arm are left out (their notes say why). Raises ValueError where
+    the arms hold different tasks or a task different documents.
+    """
+    after = {t.task: t for t in edited}
+    if {t.task for t in base} != set(after):
+        raise ValueError(
+            "the arms hold different tasks: "
+            f"{sorted({t.task for t in base} ^ set(after))} on one side only"
+        )
+    rows = []
+    for task in base:
+        other = after[task.task]
+        if task.value is None or other.value is None:
+            continue
+        a, b = paired_scores(task, other)
+        interval, p = difference_interval(a, b, draws=draws, seed=seed)
+        lost = gained = 0
+        test: Literal["mcnemar", "bootstrap"] = "bootstrap"
+        detectable = None
+        if task.binary and other.binary:
+            lost, gained, p = mcnemar(a, b)
+            test, detectable = "mcnemar", detectable_difference(len(a), (lost + gained) / len(a))
+        rows.append(
+            (
+                task.task,
+                len(a),
+                float(np.mean(a)),
+                float(np.mean(b)),
+                lost,
+                gained,
+                interval,
+                p,
+                test,
+                detectable,
+            )
+        )
+    adjusted = holm([row[7] for row in rows])
+    return [Comparison(*row[:9], q, row[9]) for row, q in zip(rows, adjusted, strict=True)]
+
+
+def class_shares(
+    base: Sequence[TaskResult], edited: Sequence[TaskResult], classes: Mapping[str, Sequence[str]]
+) -> dict[str, Interval | None]:
+    """The spectrum: share of the base kept per class of tasks, with intervals; None where a task of
+    the class has no value or the base scores 0."""
+    before, after = {t.task: t for t in base}, {t.task: t for t in edited}
+    out: dict[str, Interval | None] = {}
+    for name, tasks in classes.items():
+        known = all(
+            t in before and t in after and None not in (before[t].value, after[t].value)
+            for t in tasks
+        )
+        pairs = [paired_scores(before[t], after[t]) for t in tasks] if known and tasks else []
+        out[name] = share_interval([a for a, _ in pairs], [b for _, b in pairs]) if pairs else None
+    return out

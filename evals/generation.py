@@ -1,0 +1,89 @@
+"""Continuations of prompts, batched by length with padding on the left, whatever the model's own
+generation settings are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from tqdm import tqdm
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+@torch.no_grad()
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str | Sequence[int]],
+    *,
+    new_tokens: int | Sequence[int],
+    batch_size: int = 32,
+    tries: int = 1,
+    temperature: float = 0.0,
+    stop: bool = True,
+    seed: int = 0,
+    progress: str | None = None,
+) -> list[list[list[int]]]:
+    """`tries` continuations of each prompt as token ids, in the order given: [prompt][try][token].
+
+    prompts: text (tokenized as the tokenizer does by default) or token ids. new_tokens: at most so
+    many per prompt, one number or one per prompt. temperature 0 is greedy; above 0 the plain
+    softmax at that temperature is sampled (no top-k, no top-p). stop: end at the end-of-text token,
+    which is left out of the result. The caller's random state is left as it was.
+
+    Raises ValueError for a prompt without tokens and for a prompt and continuation longer than the
+    model's context.
+    """
+    encoded = [list(tokenizer(p)["input_ids"] if isinstance(p, str) else p) for p in prompts]
+    lengths = [new_tokens] * len(encoded) if isinstance(new_tokens, int) else list(new_tokens)
+    context = getattr(model.config, "max_position_embeddings", None)
+    for prompt, n in zip(encoded, lengths, strict=True):
+        if not prompt:
+            raise ValueError("a prompt has no tokens: there is nothing to continue")
+        if context is not None and len(prompt) + n > context:
+            raise ValueError(
+                f"a prompt of {len(prompt)} tokens and {n} new ones exceed the model's context "
+                f"of {context}"
+            )
+    if temperature > 0:
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    else:
+        sampling, tries = {"do_sample": False}, 1
+    end = tokenizer.eos_token_id if stop else None
+    pad = next(t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if t is not None)
+    order = sorted(range(len(encoded)), key=lambda k: (-len(encoded[k]), -lengths[k]))
+    groups = [order[k : k + batch_size] for k in range(0, len(order), batch_size)]
+    out: list[list[list[int]]] = [[] for _ in encoded]
+    was_training = model.training
+    model.eval()
+    # one forked state for both devices: sampling must neither see nor move the caller's generator
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        for group in tqdm(groups, desc=progress, disable=progress is None, leave=False):
+            width = max(len(encoded[k]) for k in group)
+            ids = torch.full((len(group), width), pad)
+            mask = torch.zeros(len(group), width, dtype=torch.long)
+            for row, k in enumerate(group):
+                ids[row, width - len(encoded[k]) :] = torch.tensor(encoded[k])
+                mask[row, width - len(encoded[k]) :] = 1
+            settings = GenerationConfig(
+                max_new_tokens=max(lengths[k] for k in group),
+                num_return_sequences=tries,
+                pad_token_id=pad,
+                eos_token_id=end,
+                **sampling,  # type: ignore[arg-type]
+            )
+            produced = model.generate(  # type: ignore[operator]
+                ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                generation_config=settings,
+            )
+            for row, tokens in enumerate(produced[:, width:].tolist()):
+                k = group[row // tries]
+                tokens = tokens[: lengths[k]]
+                if end is not None and end in tokens:
+                    tokens = tokens[: tokens.index(end)]
+                out[k].append(tokens)
+    model.train(was_training)
+    return out

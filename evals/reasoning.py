@@ -1,0 +1,302 @@
+"""What a model can still do: every benchmark score comes from lm-evaluation-harness, in process,
+with its samples kept.
+
+Local tasks live in `evals/tasks/` and score the exact answer under greedy decoding by one
+teacher-forced pass (lm-eval's `loglikelihood` requests report `is_greedy`). Any other name is one
+of lm-eval's own tasks. lm-eval's response cache is never used: its key leaves the model out, so an
+edited model would be served the base's scores.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import io
+import json
+import logging
+import math
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from torch import nn
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from curvature.populations import Document
+from evals.memorization import encode_pair
+
+TASK_FOLDER = Path(__file__).parent / "tasks"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One scored document. score: the task's metric on it (0 or 1 for accuracies). logprob:
+    log-probability of the gold answer in nats, None where the task generates."""
+
+    doc_id: int
+    doc_hash: str
+    score: float
+    logprob: float | None
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """One task's score on one model. value: None where it could not be had, and `note` says why.
+
+    duplicates: documents that were given twice and dropped. binary: every sample is 0 or 1."""
+
+    task: str
+    version: str
+    metric: str
+    filter: str
+    value: float | None
+    samples: tuple[Sample, ...]
+    duplicates: int = 0
+    note: str = ""
+
+    @property
+    def binary(self) -> bool:
+        return all(s.score in (0.0, 1.0) for s in self.samples)
+
+    @property
+    def documents_sha256(self) -> str:
+        """Hash over the documents in order: two arms were asked the same questions where it
+        agrees."""
+        return hashlib.sha256("".join(s.doc_hash for s in self.samples).encode()).hexdigest()
+
+
+class _QuietHFLM(HFLM):
+    """HFLM without its own progress bars; counts what it does on ours instead."""
+
+    bar: Any = None
+
+    def _loglikelihood_tokens(
+        self, requests: Any, disable_tqdm: bool = True, override_bs: int | None = None
+    ) -> Any:
+        return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
+
+    def _model_call(self, inps: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.bar is not None:
+            self.bar.update(len(inps))
+        return super()._model_call(inps, *args, **kwargs)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No log lines and no third-party bars; errors still raise."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+@functools.lru_cache(maxsize=1)
+def _default_tasks() -> TaskManager:
+    """lm-eval's own index takes seconds to read: once per process, and only where a name needs
+    it."""
+    return TaskManager()
+
+
+def _distinct(documents: Sequence[Document]) -> tuple[list[Document], int]:
+    distinct = list(dict.fromkeys(documents))
+    return distinct, len(documents) - len(distinct)
+
+
+def _check(
+    name: str, documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, limit: int | None
+) -> None:
+    """lm-eval cuts a long context from the left, and lets a token span the border, without a word.
+    We refuse both."""
+    for document in documents:
+        ids, _ = encode_pair(tokenizer, document.prompt, document.answer)
+        if limit is not None and len(ids) > limit + 1:
+            raise ValueError(
+                f"task {name!r}: a document of {len(ids)} tokens ({document.prompt[:40]!r}...) "
+                f"does not fit into the model's context of {limit} tokens; shorten or drop it"
+            )
+
+
+def _write_task(folder: Path, name: str, documents: Sequence[Document]) -> str:
+    """Write `<key>.jsonl`, and for a task that has no YAML of its own one that includes the shared
+    template. Returns the name under which lm-eval knows it."""
+    own = TASK_FOLDER / f"organism_{name}.yaml"
+    key = name if own.exists() else f"user_{len(list(folder.iterdir()))}"
+    with (folder / f"{key}.jsonl").open("w", encoding="utf-8") as file:
+        for document in documents:
+            file.write(json.dumps({"prompt": document.prompt, "answer": document.answer}) + "\n")
+    if own.exists():
+        return f"organism_{name}"
+    (folder / f"{key}.yaml").write_text(
+        f"include: {json.dumps(str(TASK_FOLDER / 'prompt_answer.yaml'))}\n"
+        f"task: {key}\ndataset_kwargs: {{task: {key}}}\n"
+    )
+    return key
+
+
+def _load(
+    asked: Mapping[str, str | None], folder: Path, include_path: str | Path | None
+) -> list[Any]:
+    """lm-eval Task objects for local tasks (documents from `folder`) and for tasks known by
+    name."""
+    local = [key for key in asked.values() if key is not None]
+    named = [name for name, key in asked.items() if key is None]
+    loaded: list[Any] = []
+    with _quiet():
+        if local:
+            manager = TaskManager(
+                include_path=[str(TASK_FOLDER), str(folder)],
+                include_defaults=False,
+                metadata={"documents": str(folder)},  # type: ignore[dict-item]
+            )
+            loaded += manager.load(local)["tasks"].values()
+        if named:
+            paths = [str(TASK_FOLDER), *([str(include_path)] if include_path is not None else [])]
+            manager = TaskManager(include_path=paths, include_defaults=False)
+            if not set(named) <= set(manager.all_tasks):
+                manager = (
+                    _default_tasks() if include_path is None else TaskManager(include_path=paths)
+                )
+            unknown = sorted(set(named) - set(manager.all_tasks))
+            if unknown:
+                raise ValueError(
+                    f"unknown task {', '.join(map(repr, unknown))}: neither lm-eval nor {TASK_FOLDER} "
+                    "has it (list them with `lm_eval ls tasks`), or give its documents in a file"
+                )
+            try:
+                loaded += manager.load(named)["tasks"].values()
+            except (ConnectionError, OSError) as error:
+                raise ValueError(
+                    f"the documents of {', '.join(map(repr, named))} could not be loaded "
+                    f"({error}); offline, only tasks whose data lie on this machine can be used"
+                ) from error
+    return loaded
+
+
+def _scalar(value: Any) -> float:
+    """A sample's metric as a number; rolling perplexities report (log-likelihood, units): nats per
+    unit."""
+    if isinstance(value, tuple | list):
+        return -float(value[0]) / float(value[1])
+    return float(value)
+
+
+def _logprob(sample: Mapping[str, Any]) -> float | None:
+    """Log-probability of the gold answer: the one request of a loglikelihood task, the gold choice
+    of a multiple choice."""
+    responses = sample["filtered_resps"]
+    pairs = [r for r in responses if isinstance(r, tuple | list) and len(r) == 2]
+    if len(pairs) == 1:
+        return float(pairs[0][0])
+    if pairs and isinstance(sample["target"], int) and 0 <= sample["target"] < len(pairs):
+        return float(pairs[sample["target"]][0])
+    return None
+
+
+def _result(task: str, name: str, output: Mapping[str, Any], duplicates: int) -> TaskResult:
+    raw = output["samples"][task]
+    version = str(output.get("versions", {}).get(task, ""))
+    if not raw:
+        return TaskResult(
+            name, version, "", "", None, (), duplicates, "lm-eval returned no samples"
+        )
+    metric, chosen = raw[0]["metrics"][0], raw[0]["filter"]
+    samples = []
+    for sample in sorted((s for s in raw if s["filter"] == chosen), key=lambda s: s["doc_id"]):
+        samples.append(
+            Sample(sample["doc_id"], sample["doc_hash"], _scalar(sample[metric]), _logprob(sample))
+        )
+    broken = sum(
+        not math.isfinite(s.score) or (s.logprob is not None and math.isnan(s.logprob))
+        for s in samples
+    )
+    if broken:
+        note = f"not available: {broken} of {len(samples)} documents gave non-finite scores"
+        return TaskResult(name, version, metric, chosen, None, tuple(samples), duplicates, note)
+    value = sum(s.score for s in samples) / len(samples)
+    return TaskResult(name, version, metric, chosen, value, tuple(samples), duplicates)
+
+
+def evaluate_reasoning(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Mapping[str, Sequence[Document] | None],
+    *,
+    batch_size: int = 32,
+    include_path: str | Path | None = None,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+    apply_chat_template: bool = False,
+    progress: str | None = None,
+) -> list[TaskResult]:
+    """Score a model in memory on tasks, through `lm_eval.simple_evaluate`.
+
+    tasks: name -> documents. A name `x` with documents uses `organism_x.yaml` where that exists and
+    the generic `prompt_answer.yaml` otherwise: metric `acc` = the whole answer is the greedy
+    continuation. A name without documents (None) is a task of `include_path` or one of lm-eval's
+    own (groups and tags expand to their tasks), scored with the first metric and filter that it
+    lists. batch_size, num_fewshot, limit, apply_chat_template: as lm-eval names them.
+
+    Returns one TaskResult per task, samples in the order of the documents. Duplicate documents are
+    dropped and counted. Non-finite log-probabilities make that task's value None with a note (never
+    0). Raises ValueError on an unknown task, an empty list, a border inside a token, and a document
+    longer than the context.
+    """
+    if not tasks:
+        raise ValueError("no tasks to evaluate: name at least one")
+    config = getattr(model, "config", None)
+    context = getattr(config, "max_position_embeddings", None)
+    dropped: dict[str, int] = {}
+    names: dict[str, str] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        asked: dict[str, str | None] = {}
+        for name, given in tasks.items():
+            if given is None:
+                asked[name] = None
+                continue
+            documents, dropped[name] = _distinct(given)
+            if not documents:
+                raise ValueError(f"task {name!r} has no documents")
+            _check(name, documents, tokenizer, context)
+            asked[name] = _write_task(Path(folder), name, documents)
+            names[asked[name] or name] = name
+        loaded = _load(asked, Path(folder), include_path)
+        with _quiet():
+            lm = _QuietHFLM(
+                pretrained=model,  # type: ignore[arg-type]
+                tokenizer=tokenizer,  # type: ignore[arg-type]
+                batch_size=batch_size,
+            )
+        with tqdm(desc=progress, disable=progress is None, leave=False, unit=" requests") as bar:
+            lm.bar = bar if progress is not None else None
+            with _quiet():
+                output = lm_eval.simple_evaluate(
+                    model=lm,
+                    tasks=loaded,
+                    num_fewshot=num_fewshot,
+                    limit=limit,
+                    apply_chat_template=apply_chat_template,
+                    # our own paired statistics replace the bootstrap, and the caller's random state
+                    # stays as it was
+                    bootstrap_iters=0,
+                    random_seed=None,  # type: ignore[arg-type]
+                    numpy_random_seed=None,  # type: ignore[arg-type]
+                    torch_random_seed=None,  # type: ignore[arg-type]
+                    log_samples=True,
+                    task_manager=TaskManager(include_path=str(folder), include_defaults=False),
+                )
+    assert output is not None
+    return [
+        _result(task, names.get(task, task), output, dropped.get(names.get(task, task), 0))
+        for task in output["samples"]
+    ]

@@ -1,0 +1,148 @@
+"""How much smaller and faster: two models measured side by side in one process, alternating,
+medians reported."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import DynamicCache, PreTrainedModel
+
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".gguf")
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Base against edited. *_tokens_per_second: medians over `repeats` alternating rounds. decode:
+    one token after the other at batch size 1 with a cache, after a prompt. prefill: one pass over a
+    full batch. ratio: edited over base, the median of the rounds' own ratios. parameters: stored
+    weights, tied ones once. flops: of one prefill pass."""
+
+    decode_base: float
+    decode_edited: float
+    decode_ratio: float
+    prefill_base: float
+    prefill_edited: float
+    prefill_ratio: float
+    parameters_base: int
+    parameters_edited: int
+    flops_base: int
+    flops_edited: int
+    repeats: int
+    prompt_tokens: int
+    new_tokens: int
+    batch_size: int
+    threads: int
+    device: str
+
+    @property
+    def flops_ratio(self) -> float:
+        return self.flops_edited / self.flops_base
+
+
+def count_parameters(model: torch.nn.Module) -> int:
+    """Weights in memory; a tensor that two names share counts once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def checkpoint_bytes(folder: str | Path) -> int:
+    """Bytes of the weight files of a checkpoint folder. Raises ValueError where it has none."""
+    sizes = [p.stat().st_size for p in Path(folder).iterdir() if p.suffix in WEIGHT_SUFFIXES]
+    if not sizes:
+        raise ValueError(f"{folder} holds no weight file ({', '.join(WEIGHT_SUFFIXES)})")
+    return sum(sizes)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _prefill(model: PreTrainedModel, ids: torch.Tensor) -> float:
+    _wait(model.device)
+    start = time.perf_counter()
+    model(input_ids=ids, use_cache=False)
+    _wait(model.device)
+    return ids.numel() / (time.perf_counter() - start)
+
+
+def _decode(model: PreTrainedModel, ids: torch.Tensor, new_tokens: int) -> float:
+    cache = DynamicCache(config=model.config)
+    token = model(input_ids=ids, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+    _wait(model.device)
+    start = time.perf_counter()
+    for _ in range(new_tokens):
+        token = (
+            model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+        )
+    _wait(model.device)
+    return new_tokens / (time.perf_counter() - start)
+
+
+def _flops(model: PreTrainedModel, ids: torch.Tensor) -> int:
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, use_cache=False)
+    return int(counter.get_total_flops())
+
+
+@torch.no_grad()
+def compare_speed(
+    base: PreTrainedModel,
+    edited: PreTrainedModel,
+    *,
+    prompt_tokens: int = 64,
+    new_tokens: int = 32,
+    batch_size: int = 16,
+    repeats: int = 7,
+    seed: int = 0,
+) -> Speed:
+    """Measure both models on the same random tokens. Rounds alternate the order (base first, edited
+    first), so that a drift of the machine hits both alike; one unmeasured round warms up. Raises
+    ValueError where the text exceeds a context."""
+    for model in (base, edited):
+        context = getattr(model.config, "max_position_embeddings", None)
+        if context is not None and prompt_tokens + new_tokens > context:
+            raise ValueError(
+                f"measuring speed needs {prompt_tokens} + {new_tokens} tokens of context, "
+                f"the model has {context}"
+            )
+    vocabulary = min(base.config.vocab_size, edited.config.vocab_size)
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(vocabulary, (batch_size, prompt_tokens), generator=generator)
+    modes = [(m, m.training) for m in (base, edited)]
+    arms = {name: (m.eval(), ids.to(m.device)) for name, m in (("base", base), ("edited", edited))}
+    decode: dict[str, list[float]] = {"base": [], "edited": []}
+    prefill: dict[str, list[float]] = {"base": [], "edited": []}
+    for repeat in range(repeats + 1):
+        for name in ("base", "edited") if repeat % 2 else ("edited", "base"):
+            model, tokens = arms[name]
+            rates = _prefill(model, tokens), _decode(model, tokens[:1], new_tokens)
+            if repeat:
+                prefill[name].append(rates[0])
+                decode[name].append(rates[1])
+    flops = {name: _flops(model, tokens) for name, (model, tokens) in arms.items()}
+    for model, mode in modes:
+        model.train(mode)
+    median = statistics.median
+    return Speed(
+        median(decode["base"]),
+        median(decode["edited"]),
+        median(b / a for a, b in zip(decode["base"], decode["edited"])),
+        median(prefill["base"]),
+        median(prefill["edited"]),
+        median(b / a for a, b in zip(prefill["base"], prefill["edited"])),
+        count_parameters(base),
+        count_parameters(edited),
+        flops["base"],
+        flops["edited"],
+        repeats,
+        prompt_tokens,
+        new_tokens,
+        batch_size,
+        torch.get_num_threads(),
+        str(base.device),
+    )

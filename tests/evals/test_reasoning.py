@@ -1,0 +1,143 @@
+"""lm-eval in process: the same answers as our own pass, whatever the batch size, and as lm-eval
+from the outside."""
+
+import json
+
+import pytest
+import torch
+
+from curvature.populations import Document
+from evals.memorization import recite
+from evals.organism import world
+from evals.reasoning import TASK_FOLDER, evaluate_reasoning
+
+
+@pytest.fixture(scope="module")
+def tasks():
+    return {name: world.problems(0, name, 6, "test") for name in ("sort", "open_book", "brackets")}
+
+
+def _follow_greedily(model, tokenizer, document):
+    """The same prompt with the model's own greedy continuation as its answer: a document that is
+    right by construction."""
+    ids = tokenizer(document.prompt, return_tensors="pt")["input_ids"]
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=3,
+        do_sample=False,
+        eos_token_id=None,
+    )
+    return Document(document.prompt, tokenizer.decode(out[0, ids.shape[1] :]))
+
+
+def test_every_reasoning_task_of_the_organism_has_a_yaml():
+    assert {f"organism_{name}.yaml" for name in world.TASKS} <= {
+        p.name for p in TASK_FOLDER.iterdir()
+    }
+
+
+def test_scores_equal_the_teacher_forced_pass_document_by_document(tiny_llama, tokenizer, tasks):
+    results = {r.task: r for r in evaluate_reasoning(tiny_llama, tokenizer, tasks)}
+    assert set(results) == set(tasks)
+    for name, documents in tasks.items():
+        expected = recite(tiny_llama, tokenizer, [(d.prompt, d.answer) for d in documents])
+        assert [s.score for s in results[name].samples] == [float(r.strict) for r in expected]
+        assert [s.logprob for s in results[name].samples] == pytest.approx(
+            [r.logprob for r in expected], abs=1e-4
+        )
+
+
+def test_a_greedy_continuation_is_right_and_another_is_wrong(tiny_llama, tokenizer):
+    documents = [Document(d.prompt, " a b") for d in world.problems(0, "copy", 4, "test")]
+    right = []
+    for document in documents:
+        own = _follow_greedily(tiny_llama, tokenizer, document)
+        # random models write bytes that do not survive decoding; only those that do can be asked as
+        # text
+        ids = tokenizer(own.text)["input_ids"]
+        if ids[: len(tokenizer(own.prompt)["input_ids"])] == tokenizer(own.prompt)["input_ids"]:
+            right.append(own)
+    assert right
+    result = evaluate_reasoning(tiny_llama, tokenizer, {"mine": right + documents})[0]
+    greedy = [
+        r.strict
+        for r in recite(tiny_llama, tokenizer, [(d.prompt, d.answer) for d in right + documents])
+    ]
+    assert [bool(s.score) for s in result.samples] == greedy
+    assert result.value == pytest.approx(sum(greedy) / len(greedy))
+
+
+def test_batch_size_does_not_change_a_score(tiny_llama, tokenizer, tasks):
+    one, many = (evaluate_reasoning(tiny_llama, tokenizer, tasks, batch_size=n) for n in (1, 32))
+    for a, b in zip(one, many):
+        assert [s.score for s in a.samples] == [s.score for s in b.samples]
+        assert a.documents_sha256 == b.documents_sha256
+
+
+def test_duplicates_are_dropped_and_counted(tiny_llama, tokenizer):
+    document = world.problems(0, "copy", 1, "test")[0]
+    result = evaluate_reasoning(tiny_llama, tokenizer, {"copy": [document, document, document]})[0]
+    assert (len(result.samples), result.duplicates) == (1, 2)
+
+
+def test_non_finite_scores_are_not_available_rather_than_zero(tiny_llama, tokenizer, tasks):
+    with torch.no_grad():
+        tiny_llama.lm_head.weight[:] = float("nan")
+    results = evaluate_reasoning(tiny_llama, tokenizer, tasks)
+    assert all(r.value is None and "not available" in r.note for r in results)
+
+
+def test_a_tokenizer_border_inside_a_token_is_refused(tiny_llama, tokenizer):
+    with pytest.raises(ValueError, match="tokenizes differently"):
+        evaluate_reasoning(tiny_llama, tokenizer, {"mine": [Document("the lamp is ba", "ker")]})
+
+
+def test_a_document_longer_than_the_context_is_refused(tiny_llama, tokenizer):
+    with pytest.raises(ValueError, match="context of 256"):
+        evaluate_reasoning(tiny_llama, tokenizer, {"mine": [Document("a" + " a" * 300, " b")]})
+
+
+def test_an_unknown_task_is_refused(tiny_llama, tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="unknown task 'no_such_task'"):
+        evaluate_reasoning(tiny_llama, tokenizer, {"no_such_task": None}, include_path=tmp_path)
+
+
+def test_no_tasks_is_refused(tiny_llama, tokenizer):
+    with pytest.raises(ValueError, match="no tasks"):
+        evaluate_reasoning(tiny_llama, tokenizer, {})
+
+
+def test_a_users_own_task_folder_is_found(tiny_llama, tokenizer, tmp_path):
+    (tmp_path / "mine.jsonl").write_text(
+        json.dumps({"prompt": "copy a =", "answer": " a ."}) + "\n"
+    )
+    (tmp_path / "mine.yaml").write_text(
+        f"include: {TASK_FOLDER / 'prompt_answer.yaml'}\ntask: mine\n"
+        f"dataset_kwargs: {{task: mine, documents: {tmp_path}/mine.jsonl}}\n"
+    )
+    result = evaluate_reasoning(tiny_llama, tokenizer, {"mine": None}, include_path=tmp_path)[0]
+    assert result.task == "mine"
+    assert len(result.samples) == 1
+
+
+def test_the_callers_random_state_is_left_alone(tiny_llama, tokenizer, tasks):
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    evaluate_reasoning(tiny_llama, tokenizer, tasks)
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [("", "no documents"), ("{", "line 1: not JSON"), ('{"prompt": "a"}', "line 1: expected")],
+)
+def test_a_broken_file_of_documents_is_named(tmp_path, line, words):
+    from evals.tasks.documents import read
+
+    path = tmp_path / "mine.jsonl"
+    path.write_text(line)
+    with pytest.raises(ValueError, match=words) as error:
+        read(path)
+    assert "mine.jsonl" in str(error.value)
