@@ -177,7 +177,8 @@ def sample_health(
     prefixes = [ids[:prefix_tokens] for ids in encoded if len(ids) > prefix_tokens][:samples]
     if not prefixes:
         raise ValueError(
-            f"population {population.name!r} has no document longer than {prefix_tokens} tokens to continue"
+            f"population {population.name!r} has no document longer than {prefix_tokens} tokens "
+            "to continue"
         )
     written = [
         tries[0]

@@ -170,8 +170,8 @@ def _load(
             unknown = sorted(set(named) - set(manager.all_tasks))
             if unknown:
                 raise ValueError(
-                    f"unknown task {', '.join(map(repr, unknown))}: neither lm-eval nor {TASK_FOLDER} "
-                    "has it (list them with `lm_eval ls tasks`), or give its documents in a file"
+                    f"unknown task {', '.join(map(repr, unknown))}: neither lm-eval nor "
+                    f"{TASK_FOLDER} has it (list them with `lm_eval ls tasks`), or give its documents in a file"
                 )
             try:
                 loaded += manager.load(named)["tasks"].values()

@@ -1,0 +1,487 @@
+"""Figures of a report, drawn from `results.json` alone, so that they can be drawn again from a run
+folder.
+
+Colours are Okabe and Ito's, which people of every colour vision tell apart; lines differ in marker
+too. Text and axes are in the page's own colour (`currentColor`) in the SVG, so that one file reads
+on light and dark paper.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from evals.comparison import rate_interval
+from evals.verdict import percent
+
+BASE, EDITED = "#0072B2", "#D55E00"
+OTHERS = ("#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#999999")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+INK = "#010203"
+"""Stands for the page's text colour; replaced by `currentColor` in the SVG."""
+STYLE: Any = {
+    "font.size": 9,
+    "font.family": "sans-serif",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
+    "axes.titlesize": 10,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.grid": True,
+    "grid.alpha": 0.2,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "lethe",
+}
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure with what a person who does not see it needs. name: file name without suffix. alt:
+    the same in words."""
+
+    name: str
+    title: str
+    alt: str
+    figure: Figure
+
+    def svg(self) -> str:
+        """An `<svg>` element with a title and a description, its ids made its own, its text in the
+        page's colour."""
+        buffer = io.StringIO()
+        with matplotlib.rc_context(STYLE):
+            self.figure.savefig(
+                buffer,
+                format="svg",
+                transparent=True,
+                bbox_inches="tight",
+                metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
+            )
+        text = buffer.getvalue()
+        text = text[text.index("<svg") :].replace(INK, "currentColor")
+        # several figures share one page: an id must name one thing only
+        text = re.sub(r'\bid="([^"]+)"', rf'id="{self.name}-\1"', text)
+        text = re.sub(r'(xlink:href="#|url\(#)', rf"\1{self.name}-", text)
+        label = f'role="img" aria-labelledby="{self.name}-alt"'
+        described = f'<title id="{self.name}-alt">{_escape(self.alt)}</title>'
+        end = text.index(">")
+        text = f"{text[:end]} {label}>{described}{text[end + 1 :]}"
+        return re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+
+    def save(self, folder: Path) -> None:
+        """`<name>.svg` and `<name>.png` (white paper, 160 dots per inch)."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{self.name}.svg").write_text(self.svg(), encoding="utf-8")
+        with matplotlib.rc_context(STYLE):
+            self.figure.savefig(
+                folder / f"{self.name}.png", dpi=160, bbox_inches="tight", facecolor="white"
+            )
+
+
+def _escape(text: str) -> str:
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def _percent_axis(axes: Axes, label: str) -> None:
+    axes.set_ylim(-0.03, 1.05)
+    axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0 %", "25 %", "50 %", "75 %", "100 %"])
+    axes.set_ylabel(label)
+
+
+def _wilson(hits: int, n: int) -> tuple[float, float]:
+    interval = rate_interval(hits, n)
+    return max(0.0, interval.value - interval.low), max(0.0, interval.high - interval.value)
+
+
+def recall_by_exposure(table: Mapping[str, Any]) -> Figure:
+    """Strict recall against how often training showed an item, one panel per family; bars are 95 %
+    Wilson intervals."""
+    families = list(table["base"])
+    figure = Figure(figsize=(3.1 * len(families) + 0.6, 2.9), layout="constrained")
+    panels = figure.subplots(1, len(families), squeeze=False, sharey=True)[0]
+    for axes, family in zip(panels, families):
+        rungs = sorted(table["base"][family], key=int)
+        for arm, colour, marker, shift in (
+            ("base", BASE, "o", -0.06),
+            ("edited", EDITED, "s", 0.06),
+        ):
+            counts = [table[arm].get(family, {}).get(r, (0, 0)) for r in rungs]
+            known = [k for k, (_, n) in enumerate(counts) if n]
+            rates = [counts[k][0] / counts[k][1] for k in known]
+            errors = list(zip(*[_wilson(*counts[k]) for k in known]))
+            axes.errorbar(
+                [k + shift for k in known],
+                rates,
+                yerr=errors,
+                color=colour,
+                marker=marker,
+                capsize=2,
+                label=arm,
+            )
+        axes.set_xticks(range(len(rungs)), rungs)
+        axes.set_xlabel("times shown in training")
+        axes.set_title(family)
+    _percent_axis(panels[0], "recited exactly")
+    panels[-1].legend(loc="upper left")
+    return figure
+
+
+def reasoning_per_task(tasks: Sequence[Mapping[str, Any]]) -> Figure:
+    """Accuracy per task before and after; a star marks a difference that holds after Holm's
+    adjustment (p < 0.05)."""
+    figure = Figure(figsize=(max(4.0, 0.75 * len(tasks) + 1.2), 3.0), layout="constrained")
+    axes = figure.subplots()
+    for shift, arm, colour, hatch in ((-0.2, "base", BASE, ""), (0.2, "edited", EDITED, "//")):
+        values = [t[arm] for t in tasks]
+        axes.bar(
+            [k + shift for k in range(len(tasks))],
+            values,
+            0.38,
+            color=colour,
+            label=arm,
+            hatch=hatch,
+            edgecolor="white",
+            linewidth=0.4,
+        )
+    for k, task in enumerate(tasks):
+        if task["p_holm"] is not None and task["p_holm"] < 0.05:
+            axes.text(k, min(1.0, max(task["base"], task["edited"])) + 0.01, "*", ha="center")
+    axes.set_xticks(
+        range(len(tasks)), [t["task"].replace("_", " ") for t in tasks], rotation=30, ha="right"
+    )
+    _percent_axis(axes, "solved")
+    axes.grid(axis="x", visible=False)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.16), ncols=2)
+    return figure
+
+
+def curvature_spectra(spectra: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """Eigenvalues of the Kronecker factors of each target, largest first, over their sum (log
+    scale): a steep curve means that few directions bend the loss. `spectra`: target -> {"A": [...],
+    "G": [...]}."""
+    figure = Figure(figsize=(6.6, 2.9), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    names = list(spectra)
+    palette = matplotlib.colormaps["cividis"].resampled(max(2, len(names)))
+    for axes, factor, title in zip(panels, ("A", "G"), ("inputs (A)", "output gradients (G)")):
+        for k, name in enumerate(names):
+            values = [max(float(v), 0.0) for v in spectra[name][factor]]
+            total = sum(values) or 1.0
+            kept = [v / total for v in values if v > 1e-12 * total]
+            label = _short(name) if k in (0, len(names) - 1) or len(names) <= 6 else None
+            axes.semilogy(
+                [j / len(values) for j in range(len(kept))],
+                kept,
+                color=palette(k),
+                lw=1.1,
+                label=label,
+            )
+        axes.set_title(title)
+        axes.set_xlabel("share of directions, sharpest first")
+    panels[0].set_ylabel("share of the curvature")
+    panels[1].legend(title=f"{len(names)} targets", title_fontsize=8)
+    return figure
+
+
+def _short(name: str) -> str:
+    return name.removeprefix("model.").removeprefix("layers.")
+
+
+def hessian_density(spectra: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """Spectral density of the Hessian of each measured target, from stochastic Lanczos quadrature
+    (PyHessian)."""
+    figure = Figure(figsize=(5.2, 2.8), layout="constrained")
+    axes = figure.subplots()
+    for k, (name, record) in enumerate(spectra.items()):
+        colour = (BASE, EDITED, *OTHERS)[k % 7]
+        points = sorted(zip(record["density_values"], record["density_weights"]))
+        axes.vlines(
+            [v for v, _ in points], 1e-8, [max(w, 1e-8) for _, w in points], color=colour, lw=1.6
+        )
+        axes.plot(
+            [v for v, _ in points],
+            [max(w, 1e-8) for _, w in points],
+            MARKERS[k % 7],
+            ms=3,
+            color=colour,
+            label=_short(name),
+        )
+    axes.set_yscale("log")
+    axes.set_xscale("symlog", linthresh=1e-3)
+    axes.set_xlabel("eigenvalue of the Hessian")
+    axes.set_ylabel("share of eigenvalues")
+    axes.legend()
+    return figure
+
+
+def trade_off(
+    candidates: Sequence[Mapping[str, Any]],
+    base: Mapping[str, Any],
+    points: Sequence[Mapping[str, Any]] = (),
+    goal: float | None = None,
+) -> Figure:
+    """Forgetting against reasoning, as shares of the base. candidates: strengths tried on the tune
+    split, joined per method; points: other arms (this run's result, its controls) as {name,
+    recall_share, reasoning_share}. Upper right is best."""
+    figure = Figure(figsize=(5.6, 3.6), layout="constrained")
+    axes = figure.subplots()
+    methods = list(dict.fromkeys(c["method"] for c in candidates))
+    for k, method in enumerate(methods):
+        rows = [c for c in candidates if c["method"] == method and c["reasoning"] is not None]
+        rows.sort(key=lambda c: c["strength"])
+        x = [1 - _over(c["recall"], base["recall"]) for c in rows]
+        y = [_over(c["reasoning"], base["reasoning"]) for c in rows]
+        colour = (BASE, *OTHERS)[k % 6]
+        axes.plot(
+            x,
+            y,
+            color=colour,
+            marker=MARKERS[k % 7],
+            ms=4,
+            lw=1,
+            label=f"{method}, by strength (tune)",
+        )
+    drawn = [
+        p
+        for p in points
+        if p.get("recall_share") is not None and p.get("reasoning_share") is not None
+    ]
+    for k, point in enumerate(drawn):
+        colour = EDITED if point["name"] == "this run" else OTHERS[-1]
+        axes.plot(
+            1 - point["recall_share"],
+            point["reasoning_share"],
+            "*" if point["name"] == "this run" else MARKERS[(k + 2) % 7],
+            ms=13 if point["name"] == "this run" else 7,
+            color=colour,
+            mec=INK,
+            mew=0.5,
+            ls="none",
+            label=f"{point['name']} (test)",
+        )
+    if goal is not None:
+        axes.axhline(goal, ls=":", color=INK, lw=0.8, label="goal")
+    axes.set_xlabel("forgotten: 1 - recall over the base's")
+    axes.set_ylabel("reasoning over the base's")
+    axes.set_xlim(-0.05, 1.05)
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
+    return figure
+
+
+def _over(value: float | None, base: float | None) -> float:
+    return (value or 0.0) / base if base else 0.0
+
+
+def relearning(curves: Sequence[Mapping[str, Any]]) -> Figure:
+    """Strict recall of items that the attack does not train on, while it trains on others, per
+    arm."""
+    groups = list(dict.fromkeys(c["group"] for c in curves))
+    figure = Figure(figsize=(3.2 * len(groups) + 1.6, 2.9), layout="constrained")
+    panels = figure.subplots(1, len(groups), squeeze=False, sharey=True)[0]
+    arms = list(dict.fromkeys(c["arm"] for c in curves))
+    known = {"base": BASE, "edited": EDITED}
+    rest = [a for a in arms if a not in known]
+    for axes, group in zip(panels, groups):
+        for k, arm in enumerate(arms):
+            colour = known.get(arm) or OTHERS[rest.index(arm) % len(OTHERS)]
+            mine = [c for c in curves if c["arm"] == arm and c["group"] == group]
+            for j, curve in enumerate(mine):
+                axes.plot(
+                    curve["steps"],
+                    curve["recall"],
+                    color=colour,
+                    marker=MARKERS[k % 7],
+                    ms=4,
+                    lw=1.2,
+                    ls=("-", "--", ":", "-.")[j % 4],
+                    label=arm if len(mine) == 1 else f"{arm}, lr {curve['lr']:g}",
+                )
+        axes.set_title(group)
+        axes.set_xlabel("steps of fine-tuning")
+    _percent_axis(panels[0], "recited exactly")
+    panels[-1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
+    return figure
+
+
+def spectrum_of_capabilities(shares: Mapping[str, Mapping[str, Any] | None]) -> Figure:
+    """What is kept per class of ability, edited over base with 95 % intervals."""
+    rows = [(name, s) for name, s in shares.items() if s is not None]
+    figure = Figure(figsize=(5.2, 0.38 * len(rows) + 0.9), layout="constrained")
+    axes = figure.subplots()
+    for k, (_, share) in enumerate(reversed(rows)):
+        axes.plot([share["low"], share["high"]], [k, k], color=EDITED, lw=2)
+        axes.plot(share["value"], k, "s", color=EDITED, mec=INK, mew=0.5)
+    axes.axvline(1, ls=":", color=INK, lw=0.8)
+    axes.set_yticks(range(len(rows)), [name for name, _ in reversed(rows)])
+    axes.set_xlim(-0.03, max(1.1, *(s["high"] for _, s in rows)) + 0.02)
+    axes.set_xlabel("edited over base")
+    return figure
+
+
+def layer_map(layers: Mapping[str, float], label: str) -> Figure:
+    """One number per layer (removed share, margin energy)."""
+    figure = Figure(figsize=(max(3.0, 0.35 * len(layers) + 1), 2.3), layout="constrained")
+    axes = figure.subplots()
+    axes.bar(range(len(layers)), list(layers.values()), color=BASE)
+    axes.set_xticks(range(len(layers)), list(layers))
+    axes.set_xlabel("layer")
+    axes.set_ylabel(label)
+    axes.grid(axis="x", visible=False)
+    return figure
+
+
+def predicted_cost(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Predicted against measured loss change, nats per token, on the diagonal where the prediction
+    holds."""
+    figure = Figure(figsize=(3.4, 3.1), layout="constrained")
+    axes = figure.subplots()
+    for k, row in enumerate(rows):
+        axes.plot(
+            row["predicted"], row["measured"], MARKERS[k % 7], color=EDITED, label=row["name"]
+        )
+    low = min(0.0, *(min(r["predicted"], r["measured"]) for r in rows))
+    high = max(max(r["predicted"], r["measured"]) for r in rows) * 1.1 + 1e-9
+    axes.plot([low, high], [low, high], ls=":", color=INK, lw=0.8)
+    axes.set_xlabel("predicted, nats per token")
+    axes.set_ylabel("measured, nats per token")
+    axes.legend()
+    return figure
+
+
+def _trade_off_points(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    verdict = results["verdict"]
+    mine = {k: verdict.get(k) for k in ("recall_share", "reasoning_share")}
+    return [{"name": "this run", **mine}, *verdict.get("controls", ())]
+
+
+def draw_all(results: Mapping[str, Any]) -> list[Drawing]:
+    """Every figure that the results hold the data for, in the order of the report.
+
+    Sections read: `judgement`, `spectrum_classes`, `strength`, `attacks`, `curvature`, `spectrum`,
+    `layers`, `cost`.
+    """
+    v = results["verdict"]
+    out: list[Drawing] = []
+
+    def add(name: str, title: str, alt: str, draw: Any, *arguments: Any) -> None:
+        with matplotlib.rc_context(STYLE):
+            out.append(Drawing(name, title, alt, draw(*arguments)))
+
+    strength = results.get("strength") or {}
+    if strength.get("candidates"):
+        goal = results.get("recipe", {}).get("keep_reasoning")
+        add(
+            "trade-off",
+            "Forgetting against reasoning",
+            f"This run keeps {percent(v.get('reasoning_share'))} of the reasoning at "
+            f"{percent(v.get('recall_share'))} of the recall; {len(strength['candidates'])} "
+            "strengths and "
+            f"{len(v.get('controls', ()))} controls are drawn beside it.",
+            trade_off,
+            strength["candidates"],
+            strength["base"],
+            _trade_off_points(results),
+            goal,
+        )
+    shares = {k: s for k, s in (results.get("spectrum_classes") or {}).items() if s is not None}
+    if shares:
+        words = "; ".join(f"{k} {percent(s['value'])}" for k, s in shares.items())
+        add(
+            "capabilities",
+            "What is left per class of ability",
+            f"Edited over base: {words}.",
+            spectrum_of_capabilities,
+            shares,
+        )
+    judgement = results.get("judgement") or {}
+    table = judgement.get("recall_by_exposure") or {}
+    if table.get("base"):
+        words = "; ".join(
+            f"{family}: {arm} {_last_rung(table[arm][family])}"
+            for family in table["base"]
+            for arm in ("base", "edited")
+            if table[arm].get(family)
+        )
+        add(
+            "recall",
+            "Recall against exposure",
+            f"Share recited exactly at the highest exposure. {words}.",
+            recall_by_exposure,
+            table,
+        )
+    if judgement.get("tasks"):
+        words = "; ".join(
+            f"{t['task']} {percent(t['base'])} to {percent(t['edited'])}"
+            for t in judgement["tasks"]
+        )
+        add(
+            "reasoning",
+            "Each task before and after",
+            f"Accuracy. {words}.",
+            reasoning_per_task,
+            judgement["tasks"],
+        )
+    if results.get("attacks"):
+        words = "; ".join(
+            f"{c['arm']}, {c['group']}: {percent(c['recall'][0])} to {percent(c['recall'][-1])}"
+            for c in results["attacks"]
+        )
+        add(
+            "relearning",
+            "Relearning attack",
+            f"Recall before and after fine-tuning on other items. {words}.",
+            relearning,
+            results["attacks"],
+        )
+    if results.get("curvature"):
+        add(
+            "curvature",
+            "Curvature spectrum per target",
+            f"Eigenvalues of the input and gradient factors of {len(results['curvature'])} "
+            "targets, largest first.",
+            curvature_spectra,
+            results["curvature"],
+        )
+    if results.get("spectrum"):
+        words = "; ".join(
+            f"{name}: largest {s['eigenvalues'][0]:.3g}, trace {s['trace']:.3g}"
+            for name, s in results["spectrum"].items()
+        )
+        add("hessian", "Spectrum of the Hessian", f"{words}.", hessian_density, results["spectrum"])
+    layers = results.get("layers") or {}
+    if layers.get("values"):
+        words = ", ".join(f"layer {k}: {x:.3g}" for k, x in layers["values"].items())
+        add(
+            "layers",
+            "Layer map",
+            f"{layers['label']}: {words}.",
+            layer_map,
+            layers["values"],
+            layers["label"],
+        )
+    if results.get("cost"):
+        words = "; ".join(
+            f"{r['name']} predicted {r['predicted']:.3g}, measured {r['measured']:.3g}"
+            for r in results["cost"]
+        )
+        add("cost", "Predicted and measured cost", f"{words}.", predicted_cost, results["cost"])
+    return out
+
+
+def _last_rung(rungs: Mapping[str, Sequence[int]]) -> str:
+    last = max(rungs, key=int)
+    hits, n = rungs[last]
+    return f"{hits} of {n} shown {last} times"

@@ -1,0 +1,312 @@
+"""`report.md` and `report.html`, built from `results.json` alone: a report can be built again from
+its run folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from evals.figures import Drawing, draw_all
+from evals.verdict import Verdict, answers, percent, read_results
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of a report; cells are text."""
+
+    title: str
+    note: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+def _number(value: Any, digits: int = 3) -> str:
+    if value is None:
+        return "not available"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.{digits}g}"
+    return str(value)
+
+
+def _p(value: float | None) -> str:
+    if value is None:
+        return "not available"
+    return "< 0.0001" if value < 1e-4 else f"{value:.4f}" if value < 0.01 else f"{value:.2f}"
+
+
+def task_table(judgement: Mapping[str, Any]) -> Table:
+    rows = []
+    for t in judgement["tasks"]:
+        d = t["difference"]
+        rows.append(
+            (
+                t["task"],
+                str(t["n"]),
+                percent(t["base"]),
+                percent(t["edited"]),
+                f"{100 * d['value']:+.1f} [{100 * d['low']:+.1f}, {100 * d['high']:+.1f}]",
+                str(t["lost"]),
+                str(t["gained"]),
+                _p(t["p"]),
+                _p(t["p_holm"]),
+                "" if t["detectable"] is None else f"{100 * t['detectable']:.1f}",
+            )
+        )
+    for name, note in judgement.get("unavailable", {}).items():
+        rows.append((name, note, *[""] * 8))
+    return Table(
+        "Every task, base against edited",
+        "The same documents in both arms. Difference in percentage points with a paired bootstrap "
+        "interval; p of the exact "
+        "McNemar test (paired bootstrap where scores are not 0/1), then after Holm's adjustment "
+        "over all tasks; detectable: "
+        "the smallest true difference, in points, that a test of this size finds with 80 % power.",
+        (
+            "task",
+            "n",
+            "base",
+            "edited",
+            "difference",
+            "lost",
+            "gained",
+            "p",
+            "p (Holm)",
+            "detectable",
+        ),
+        tuple(rows),
+    )
+
+
+def control_table(verdict: Verdict) -> Table:
+    rows = [
+        (
+            "this run",
+            percent(verdict.recall_share),
+            percent(verdict.recall_share_after_relearning),
+            percent(verdict.reasoning_share),
+            percent(verdict.reasoning_share_before_healing),
+            percent(verdict.parameters_share),
+            _number(verdict.clean_perplexity_ratio),
+        )
+    ]
+    for c in verdict.controls:
+        rows.append(
+            (
+                c.name,
+                percent(c.recall_share),
+                percent(c.recall_share_after_relearning),
+                percent(c.reasoning_share),
+                percent(c.reasoning_share_before_healing),
+                percent(c.parameters_share),
+                _number(c.clean_perplexity_ratio),
+            )
+        )
+    return Table(
+        "Against controls",
+        "Edits of the same size that know nothing about memory, given the same healing. Any "
+        "shrinking hurts recall first: "
+        "what counts is the difference to these. Shares of the base.",
+        (
+            "arm",
+            "recall",
+            "recall after relearning",
+            "reasoning",
+            "reasoning before healing",
+            "parameters",
+            "clean perplexity (times)",
+        ),
+        tuple(rows),
+    )
+
+
+def exposure_table(table: Mapping[str, Any]) -> Table:
+    rows = []
+    for family, rungs in table["base"].items():
+        for rung in sorted(rungs, key=int):
+            before, after = rungs[rung], table["edited"].get(family, {}).get(rung, (0, 0))
+            rows.append((family, rung, f"{before[0]} of {before[1]}", f"{after[0]} of {after[1]}"))
+    return Table(
+        "Recall by exposure",
+        "Held-out items recited exactly, by family and by how often training showed them.",
+        ("family", "times shown", "base", "edited"),
+        tuple(rows),
+    )
+
+
+def attack_table(
+    curves: Sequence[Mapping[str, Any]], robustness: Sequence[Mapping[str, Any]] = ()
+) -> Table:
+    rows = [
+        (
+            f"relearning on {c['shown']}, lr {c['lr']:g}, {c['steps'][-1]} steps",
+            c["arm"],
+            c["group"],
+            str(c["n"]),
+            percent(c["recall"][0]),
+            percent(c["recall"][-1]),
+            f"area {c['area']:.3f}" + (f"; {c['note']}" if c.get("note") else ""),
+        )
+        for c in curves
+    ]
+    for r in robustness:
+        rows.append(
+            (
+                r["attack"],
+                r["arm"],
+                r["group"],
+                str(r["n"]),
+                percent(r["before"]),
+                percent(r["after"]),
+                r.get("note", ""),
+            )
+        )
+    return Table(
+        "Attacks",
+        "Would the forgotten come back? Share of items recited before and after each attack. "
+        "Items that training never showed "
+        "stand for what an attack teaches anew.",
+        ("attack", "arm", "items", "n", "before", "after", "note"),
+        tuple(rows),
+    )
+
+
+def verdict_table(verdict: Verdict) -> Table:
+    rows = []
+    for name, value in verdict.to_json().items():
+        if name in ("controls", "intervals", "notes"):
+            continue
+        interval = verdict.intervals.get(name)
+        between = f"[{interval.low:.3g}, {interval.high:.3g}]" if interval else ""
+        rows.append((name, _number(value), between, verdict.notes.get(name, "")))
+    return Table(
+        "All numbers of the verdict",
+        "As in `results.json`.",
+        ("number", "value", "95 % interval", "note"),
+        tuple(rows),
+    )
+
+
+def mapping_table(title: str, note: str, values: Mapping[str, Any]) -> Table:
+    """Two columns of settings; nested values are flattened with dots."""
+    rows: list[tuple[str, str]] = []
+
+    def walk(prefix: str, value: Any) -> None:
+        if isinstance(value, Mapping):
+            for key, inner in value.items():
+                walk(f"{prefix}.{key}" if prefix else str(key), inner)
+        elif isinstance(value, list | tuple):
+            rows.append((prefix, ", ".join(map(str, value))))
+        else:
+            rows.append((prefix, _number(value) if isinstance(value, float) else str(value)))
+
+    walk("", values)
+    return Table(title, note, ("name", "value"), tuple(rows))
+
+
+def tables(results: Mapping[str, Any]) -> list[Table]:
+    """Every table that the results hold the data for."""
+    verdict = Verdict.from_json(results["verdict"])
+    out = []
+    judgement = results.get("judgement") or {}
+    if judgement.get("tasks") or judgement.get("unavailable"):
+        out.append(task_table(judgement))
+    out.append(control_table(verdict))
+    if (judgement.get("recall_by_exposure") or {}).get("base"):
+        out.append(exposure_table(judgement["recall_by_exposure"]))
+    if results.get("attacks") or results.get("robustness"):
+        out.append(attack_table(results.get("attacks") or (), results.get("robustness") or ()))
+    for forms in [results.get("forms")]:
+        if forms:
+            out.append(forms_table(forms))
+    if results.get("speed"):
+        note = "Both models in one process, alternating; medians. Ratios are edited over base."
+        out.append(mapping_table("Speed and size", note, results["speed"]))
+    out.append(verdict_table(verdict))
+    out.append(mapping_table("Recipe", "Replaying it repeats the run.", results["recipe"]))
+    out.append(mapping_table("Provenance", "Versions, hashes, seeds.", results["provenance"]))
+    return out
+
+
+def forms_table(forms: Sequence[Mapping[str, Any]]) -> Table:
+    rows = tuple(
+        (f["family"], f["form"], str(f["n"]), percent(f["base"]), percent(f["edited"]))
+        for f in forms
+    )
+    return Table(
+        "The same memories, asked in other ways",
+        "Closed-book questions about held-out items in several forms. `worst` counts an item as "
+        "remembered if any form gets it.",
+        ("family", "form", "n", "base", "edited"),
+        rows,
+    )
+
+
+def _cell(text: str) -> str:
+    """One line of a Markdown table or code span."""
+    return str(text).replace("\n", " ").replace("|", "\\|").replace("`", "'").strip()
+
+
+def _environment(escape: bool) -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        undefined=StrictUndefined,
+        autoescape=escape,
+        keep_trailing_newline=True,
+    )
+    environment.filters["cell"] = _cell
+    return environment
+
+
+def _title(results: Mapping[str, Any]) -> str:
+    model = results["recipe"].get("model", "a model")
+    broken = results["verdict"].get("broken")
+    return f"Lethe on {Path(str(model)).name}" + (": BROKEN" if broken else "")
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def markdown(results: Mapping[str, Any], drawings: Sequence[Drawing]) -> str:
+    """The text of `report.md`."""
+    cells = [
+        Table(t.title, t.note, t.columns, tuple(tuple(_cell(c) for c in row) for row in t.rows))
+        for t in tables(results)
+    ]
+    return (
+        _environment(False)
+        .get_template("report.md.jinja")
+        .render(
+            title=_title(results),
+            answers=answers(Verdict.from_json(results["verdict"])),
+            drawings=drawings,
+            tables=cells,
+            samples=results.get("samples") or [],
+        )
+    )
+
+
+def write_report(folder: str | Path, results: Mapping[str, Any] | None = None) -> list[Path]:
+    """Draw `figures/` and write `report.md` into a run folder, from its `results.json` (or the
+    record given).
+
+    Returns the files written. Raises ValueError where the folder holds no results of this
+    schema."""
+    folder = Path(folder)
+    record = read_results(folder) if results is None else results
+    drawings = draw_all(record)
+    for drawing in drawings:
+        drawing.save(folder / "figures")
+    _write(folder / "report.md", markdown(record, drawings))
+    return [folder / "report.md", *(folder / "figures" / f"{d.name}.svg" for d in drawings)]
