@@ -9,24 +9,50 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from curvature.artifacts import model_sha256
 from curvature.factors import Factors
-from curvature.populations import Batch
+from curvature.populations import Population
 from curvature.targets import Target, mlp_blocks
 from surgery.plan import Plan
-from surgery.rankings import contrast, kfac, magnitude, neurons, random, wanda
+from surgery.rankings import (
+    ascent,
+    block,
+    coherent,
+    contrast,
+    ekfac,
+    hvp,
+    kfac,
+    magnitude,
+    neurons,
+    npo,
+    random,
+    rectangle,
+    rows,
+    svd,
+    wanda,
+)
 from surgery.rankings.base import Operation, Ranking, mix_factors
 
 RANKINGS: dict[str, Ranking] = {
     module.RANKING.name: module.RANKING
     for module in (
         kfac,
+        ekfac,
+        rows,
         neurons,
+        block,
+        rectangle,
         contrast,
+        hvp,
+        coherent,
         random,
         magnitude,
         wanda,
+        svd,
+        ascent,
+        npo,
     )
 }
 
@@ -43,7 +69,8 @@ def plan_surgery(
     targets: Sequence[Target] = (),
     layers: Sequence[int] | None = None,
     keep: Mapping[str, float] | None = None,
-    batches: Mapping[str, Sequence[Batch]] | None = None,
+    populations: Mapping[str, Population] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     model_hash: str | None = None,
     **settings: Any,
 ) -> Plan:
@@ -52,9 +79,9 @@ def plan_surgery(
     factors: by population, then by target name; the population `memorized` is what must go, every
     other one is kept, mixed with the weights `keep` (equal by default). targets: matrices to edit
     (edit methods). layers: decoder layers whose neurons are ranked (neuron methods; all by
-    default). strength: see `RANKINGS[method].strength`. batches: token batches by population for
-    the methods that need gradients (`needs_batches`). model_hash: `model_sha256(model)` where the
-    caller has it already. settings: see `RANKINGS[method].settings`.
+    default). strength: see `RANKINGS[method].strength`. populations, tokenizer: the text, for the
+    methods that make passes of their own (`needs_populations`). model_hash: `model_sha256(model)`
+    where the caller has it already. settings: see `RANKINGS[method].settings`.
 
     Raises ValueError on an unknown method or setting, a strength out of bounds, and a population
     that the method needs and that was not given.
@@ -75,7 +102,7 @@ def plan_surgery(
             f"{method}: strength {strength:g} is out of bounds: expected {low:g} to {high:g}"
         )
     chosen = {**ranking.settings, **settings}
-    if chosen.get("grain") not in (None, "neurons", "weights"):
+    if chosen.get("grain") not in (None, "neurons", "weights", "nm"):
         raise ValueError(
             f"{method}: grain {chosen['grain']!r} is unknown: expected neurons or weights"
         )
@@ -84,10 +111,12 @@ def plan_surgery(
             f"{method} needs the memorized population, which was not given: give --memorized or "
             "another method"
         )
-    for name in ranking.needs_batches:
-        if not batches or name not in batches:
+    for name in ranking.needs_populations:
+        name = chosen.get("keep_population", name) if name == "reasoning" else name
+        if not populations or name not in populations or tokenizer is None:
             raise ValueError(
-                f"{method} needs token batches of the {name} population, which were not given"
+                f"{method} needs the text of the {name} population and the tokenizer, which were "
+                "not given"
             )
     kept = {name: f for name, f in factors.items() if name != MEMORIZED}
     if ranking.needs_factors and not kept:
@@ -101,7 +130,8 @@ def plan_surgery(
         strength,
         seed,
         chosen,
-        dict(batches or {}),
+        dict(populations or {}),
+        tokenizer,
     )
     cut = ranking.cut(operation)
     record = {

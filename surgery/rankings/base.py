@@ -4,16 +4,17 @@ blocks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from curvature.eigenbases import eigh
 from curvature.factors import Factors
-from curvature.populations import Batch
+from curvature.populations import Population
 from curvature.targets import MlpBlock, Target
 
 
@@ -22,8 +23,8 @@ class Operation:
     """One call of a ranking: the patient, where to look, what was measured, how strongly to cut.
 
     keep: factors of what must stay, the mean of all keep populations. memorized: factors of what
-    must go (may be empty). batches: token batches by population name, for methods that need
-    gradients of their own.
+    must go (may be empty). populations, tokenizer: the text
+    itself, for methods that make passes of their own.
     """
 
     model: nn.Module
@@ -34,7 +35,8 @@ class Operation:
     strength: float
     seed: int
     settings: Mapping[str, Any]
-    batches: Mapping[str, Sequence[Batch]] = field(default_factory=dict)
+    populations: Mapping[str, Population] = field(default_factory=dict)
+    tokenizer: PreTrainedTokenizerBase | None = None
     memo: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     def eigh(self, matrix: torch.Tensor, name: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -47,6 +49,12 @@ class Operation:
             self.memo[id(matrix)] = (basis.values.flip(0), basis.vectors.flip(1), matrix)
         values, vectors, _ = self.memo[id(matrix)]
         return values, vectors
+
+    def text(self, name: str) -> tuple[Population, PreTrainedTokenizerBase]:
+        """A population and the tokenizer. Raises ValueError where either was not given."""
+        if name not in self.populations or self.tokenizer is None:
+            raise ValueError(f"the text of the {name} population and the tokenizer are needed")
+        return self.populations[name], self.tokenizer
 
     def generator(self, name: str) -> torch.Generator:
         """A generator that depends on the seed and the name of its purpose alone."""
@@ -83,7 +91,7 @@ class Ranking:
     log: bool = False
     needs_memorized: bool = False
     needs_factors: bool = True
-    needs_batches: tuple[str, ...] = ()
+    needs_populations: tuple[str, ...] = ()
     bounds: tuple[float, float] = (0.0, 1.0)
     settings: Mapping[str, Any] = field(default_factory=dict)
 

@@ -1,0 +1,96 @@
+"""`coherent`: one step down the margins of the memorized population, along the direction that they
+share.
+
+M = E[g a^T] with g the gradient of the logit margin; the step of a target is D = -s P / |P|, |P|
+over all targets, with P = R_G^-1 M R_A^-1 (`metric` natural, R = F_keep + eps tr(F_keep)/d I) or P
+= M projected on the flat block of the keep curvature (`metric` flat: the share `flat` of each
+side's flattest directions). Reaches only what shares the direction (follow-up to arXiv 2510.24256).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from curvature.forward import CausalForward, backward_from_loss, evaluation_mode
+from curvature.populations import batches
+from curvature.targets import Target
+from surgery.rankings.base import Cut, Operation, Ranking, edit_targets
+from surgery.rankings.contrast import damped
+
+
+def margin_gradients(operation: Operation) -> dict[str, torch.Tensor]:
+    """Mean gradient of the memorized population's margins with respect to every target, [d_out,
+    d_in] fp32.
+    """
+    settings = operation.settings
+    stream = batches(
+        *operation.text("memorized"),
+        width=settings["width"],
+        batch_size=16,
+        tokens=settings["tokens"],
+        seed=operation.seed,
+    )
+    scored = 0
+    with evaluation_mode(operation.model, frozen=True):
+        forward = CausalForward(operation.model)
+        for target in operation.targets:
+            target.parameter.requires_grad_(True)
+            target.parameter.grad = None
+        for number, batch in enumerate(stream):
+            backward_from_loss(
+                forward, batch, "margin", None, where=f"batch {number} of the memorized population"
+            )
+            scored += int(batch.scored.sum())
+        gradients = {}
+        for target in operation.targets:
+            gradient = target.parameter.grad
+            assert gradient is not None
+            gradient = gradient.T if target.kind == "conv1d" else gradient
+            gradients[target.name] = gradient.float() / scored
+    return gradients
+
+
+def cut(operation: Operation) -> Cut:
+    settings = operation.settings
+    if settings["metric"] not in ("natural", "flat"):
+        raise ValueError(
+            f"coherent: metric {settings['metric']!r} is unknown: expected natural or flat"
+        )
+    steps = {}
+    for name, gradient in margin_gradients(operation).items():
+        keep = operation.keep[name]
+        if settings["metric"] == "natural":
+            half = torch.linalg.solve(damped(keep.G, settings["eps"]), gradient.double())
+            step = torch.linalg.solve(damped(keep.A, settings["eps"]), half.T).T
+        else:
+            left = operation.eigh(keep.G, f"factor G of {name}")[1]
+            right = operation.eigh(keep.A, f"factor A of {name}")[1]
+            left = left[:, -max(1, int(settings["flat"] * len(left))) :].to(gradient)
+            right = right[:, -max(1, int(settings["flat"] * len(right))) :].to(gradient)
+            step = left @ (left.T @ gradient @ right) @ right.T
+        steps[name] = step.float()
+    norm = torch.stack([step.norm().cpu() for step in steps.values()]).norm()
+    if not norm > 0:
+        raise ValueError("coherent: the memorized margins have no gradient in the chosen targets")
+
+    def edit(
+        operation: Operation, target: Target, weight: torch.Tensor
+    ) -> tuple[torch.Tensor | None, int, int]:
+        if operation.strength == 0:
+            return None, 0, 1
+        return weight - operation.strength * steps[target.name].to(weight) / float(norm), 1, 1
+
+    return edit_targets(operation, edit)
+
+
+RANKING = Ranking(
+    "coherent",
+    cut,
+    "norm of the step over all targets (Frobenius)",
+    8.0,
+    (0.5, 64.0),
+    log=True,
+    bounds=(0.0, float("inf")),
+    needs_populations=("memorized",),
+    settings={"metric": "natural", "eps": 0.1, "flat": 0.6, "tokens": None, "width": 128},
+)

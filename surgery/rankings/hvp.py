@@ -1,0 +1,149 @@
+"""`hvp`: single weights by their own curvature on both populations.
+
+score = h_keep w^2 - margin h_mem w^2 (`mode` minus) or h_keep w^2 / (h_mem w^2)^margin (`mode`
+ratio), low goes first, with h a diagonal of curvature: `source` fisher (Monte-Carlo Fisher, one
+backward pass, E[g_o^2 a_i^2]; margins on the memorized population) or hessian / ggn (Hutchinson,
+E[v * (H v)], `probes` Rademacher draws; a negative diagonal counts as 0).
+
+`grain` weights: unstructured zeros, the same number in every row. `grain` nm: N of every M
+neighbours stay (`n`, `m`). Zeros save no bytes. `grain` neurons: scores are summed over the
+neuron's weights (far less noisy) and the model can shrink.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from curvature.diagonals import fisher_diagonal
+from curvature.hutchinson import curvature_diagonals
+from curvature.populations import batches
+from curvature.targets import MlpBlock, Target
+from surgery.rankings.base import (
+    Cut,
+    Operation,
+    Ranking,
+    edit_targets,
+    rank_neurons,
+    weight_of,
+    zero_lowest,
+)
+
+SOURCES = ("fisher", "hessian", "ggn")
+
+
+def diagonals(operation: Operation, name: str, targets: list[Target]) -> dict[str, torch.Tensor]:
+    """Curvature of every weight of every target on the population `name`, [d_out, d_in],
+    non-negative.
+    """
+    settings = operation.settings
+    population, tokenizer = operation.text(name)
+    shared = {"tokens": settings["tokens"], "width": settings["width"]}
+    if settings["source"] == "fisher":
+        return fisher_diagonal(
+            operation.model,
+            tokenizer,
+            population,
+            targets,
+            labels="margin" if population.role == "memorized" else "sampled",
+            seed=operation.seed,
+            **shared,
+        )
+    rows = list(batches(population, tokenizer, batch_size=16, seed=operation.seed, **shared))
+    found, _ = curvature_diagonals(
+        operation.model,
+        rows,
+        targets,
+        matrix=settings["source"],
+        probes=settings["probes"],
+        seed=operation.seed,
+    )
+    return {key: diagonal.weight.mean.clamp_min(0) for key, diagonal in found.items()}
+
+
+def nm_zero(
+    scores: torch.Tensor, weight: torch.Tensor, n: int, m: int
+) -> tuple[torch.Tensor | None, int, int]:
+    """Keep the `n` highest of every `m` neighbours in a row. Raises ValueError where m does not
+    divide the row.
+    """
+    rows, columns = weight.shape
+    if not 0 < n <= m or columns % m:
+        raise ValueError(
+            f"{n}:{m} sparsity does not fit rows of {columns} weights: choose n <= m and m a "
+            "divisor"
+        )
+    if n == m:
+        return None, 0, weight.numel()
+    order = scores.view(rows, columns // m, m).argsort(dim=2, stable=True)[..., : m - n]
+    new = weight.reshape(rows, columns // m, m).scatter(2, order, 0.0)
+    return new.view(rows, columns), order.numel(), weight.numel()
+
+
+def combined(operation: Operation, keep: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+    """One score from the two saliencies h w^2."""
+    margin = operation.settings["margin"]
+    if operation.settings["mode"] == "minus":
+        return keep - margin * memory
+    floor = 1e-12 * memory.mean().clamp_min(1e-30)
+    return keep / (memory + floor) ** margin
+
+
+def cut(operation: Operation) -> Cut:
+    settings = operation.settings
+    if settings["source"] not in SOURCES:
+        raise ValueError(
+            f"hvp: source {settings['source']!r} is unknown: expected one of {SOURCES}"
+        )
+    if settings["mode"] not in ("minus", "ratio"):
+        raise ValueError(f"hvp: mode {settings['mode']!r} is unknown: expected minus or ratio")
+    by_neuron = settings["grain"] == "neurons"
+    targets = (
+        [t for b in operation.blocks for t in b.targets] if by_neuron else list(operation.targets)
+    )
+    keep = diagonals(operation, settings["keep_population"], targets)
+    memory = diagonals(operation, "memorized", targets) if settings["margin"] else keep
+
+    def edit(
+        operation: Operation, target: Target, weight: torch.Tensor
+    ) -> tuple[torch.Tensor | None, int, int]:
+        square = weight**2
+        scores = combined(operation, keep[target.name] * square, memory[target.name] * square)
+        if settings["grain"] == "nm":
+            return nm_zero(scores, weight, settings["n"], settings["m"])
+        return zero_lowest(scores, weight, operation.strength)
+
+    def score(operation: Operation, block: MlpBlock) -> torch.Tensor:
+        sides = []
+        for curvature in (keep, memory):
+            total = torch.zeros(block.neurons, device=block.down.parameter.device)
+            for target in block.targets:
+                saliency = curvature[target.name] * weight_of(target) ** 2
+                total += saliency.sum(0 if target is block.down else 1)
+            sides.append(total)
+        return combined(operation, *sides)
+
+    return rank_neurons(operation, score) if by_neuron else edit_targets(operation, edit)
+
+
+RANKING = Ranking(
+    "hvp",
+    cut,
+    "share of the weights of every row (or of the neurons) that stays",
+    0.7,
+    (0.98, 0.3),
+    needs_factors=False,
+    needs_populations=("memorized", "reasoning"),
+    settings={
+        "grain": "weights",
+        "source": "fisher",
+        "mode": "ratio",
+        "margin": 1.0,
+        "probes": 32,
+        "n": 2,
+        "m": 4,
+        "multiple": 1,
+        "tokens": 20_000,
+        "width": 128,
+        "keep_population": "reasoning",
+    },
+)
