@@ -96,7 +96,7 @@ def write_tensors(
     """Save tensors with a JSON-able description to one safetensors file, atomically."""
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = {
-        _METADATA_KEY: json.dumps(dict(metadata), sort_keys=True, default=_plain),
+        _METADATA_KEY: json.dumps(dict(metadata), default=_plain),
         "format": "pt",
     }
 

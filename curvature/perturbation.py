@@ -1,0 +1,241 @@
+"""Does curvature predict what a perturbation of the weights costs? Measured against predicted, per
+population.
+
+A perturbation D of targets shifts the loss at first order by sum_t s_t, s_t = sum over targets of
+g_t^T D a_t (gold labels), and at second order by half the Fisher's quadratic form. With labels
+drawn from the model the scores of different positions are uncorrelated, so E[(sum_{t in row}
+s_t)^2] over rows is that form without bias; the token-wise E[sum_t s_t^2] leaves out what positions
+share.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedTokenizerBase
+
+from curvature.capture import run_pass
+from curvature.eigenbases import TargetEigenbases
+from curvature.forward import CausalForward, device_of, evaluation_mode
+from curvature.populations import Batch, Population, batches
+from curvature.targets import Target
+
+
+@dataclass(frozen=True)
+class Perturbation:
+    """Added to the weights of targets. deltas: target name -> D [d_out, d_in]."""
+
+    name: str
+    deltas: dict[str, torch.Tensor] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class PerturbationCheck:
+    """One perturbation on one population, in nats per scored token.
+
+    measured: mean change of loss, with its standard error over rows. first: predicted at first
+    order (gold labels). second: half the Fisher form from rows (unbiased). second_tokens: the same
+    from tokens taken alone. predicted = first + second.
+    """
+
+    perturbation: str
+    population: str
+    measured: float
+    measured_error: float
+    first: float
+    second: float
+    second_tokens: float
+    tokens: int
+
+    @property
+    def predicted(self) -> float:
+        return self.first + self.second
+
+
+def noise_perturbations(
+    targets: Sequence[Target], scale: float, *, seed: int = 0
+) -> list[Perturbation]:
+    """Gaussian noise on each target alone whose Frobenius norm is `scale` times the weight's."""
+    out = []
+    generator = torch.Generator().manual_seed(seed)
+    for target in targets:
+        weight = target.weight.detach()
+        noise = torch.randn(weight.shape, generator=generator).to(weight)
+        noise *= scale * weight.norm() / noise.norm()
+        out.append(Perturbation(f"noise {target.name}", {target.name: noise}))
+    return out
+
+
+def direction_perturbations(
+    targets: Sequence[Target],
+    bases: Mapping[str, TargetEigenbases],
+    *,
+    groups: int = 5,
+    side: str = "G",
+    strength: float = 1.0,
+) -> list[Perturbation]:
+    """Removal of groups of eigen-directions, flattest group first, from all targets at once: D =
+    -strength U_S U_S^T W (side `G`) or -strength W U_S U_S^T (side `A`)."""
+    if side not in ("A", "G") or groups < 1:
+        raise ValueError(f"side {side!r}, {groups} groups: expected A or G and at least one group")
+    out = []
+    for k in range(groups):
+        deltas = {}
+        for target in targets:
+            vectors = getattr(bases[target.name], side).vectors
+            n = vectors.shape[1]
+            chosen = vectors[:, round(k * n / groups) : round((k + 1) * n / groups)]
+            W = target.weight.detach().to(chosen)
+            part = chosen @ (chosen.T @ W) if side == "G" else (W @ chosen) @ chosen.T
+            deltas[target.name] = -strength * part
+        out.append(Perturbation(f"{side} directions {k + 1}/{groups}", deltas))
+    return out
+
+
+@contextmanager
+def applied(targets: Sequence[Target], perturbation: Perturbation) -> Iterator[None]:
+    """The weights with the perturbation added, and exactly what they were afterwards."""
+    chosen = {t.name: t for t in targets if t.name in perturbation.deltas}
+    missing = set(perturbation.deltas) - set(chosen)
+    if missing:
+        raise ValueError(
+            f"{perturbation.name} perturbs {sorted(missing)[0]}, which is not a target"
+        )
+    kept = {name: t.parameter.detach().clone() for name, t in chosen.items()}
+    try:
+        with torch.no_grad():
+            for name, target in chosen.items():
+                target.weight.add_(perturbation.deltas[name].to(target.weight))
+        yield
+    finally:
+        with torch.no_grad():
+            for name, target in chosen.items():
+                target.parameter.copy_(kept[name])
+
+
+@torch.no_grad()
+def _row_losses(model: nn.Module, rows: Sequence[Batch]) -> torch.Tensor:
+    """Summed loss of each row, [rows], float64 nats."""
+    forward = CausalForward(model)
+    out = []
+    for batch in rows:
+        hidden = forward.hidden(batch.ids.to(device_of(model)))
+        row, position = batch.predicting.nonzero(as_tuple=True)
+        logits = forward.logits(hidden[row.to(hidden.device), position.to(hidden.device)]).float()
+        targets = batch.ids[row, position + 1].to(logits.device)
+        losses = F.cross_entropy(logits, targets, reduction="none").double().cpu()
+        out.append(torch.zeros(len(batch.ids), dtype=torch.float64).index_add_(0, row, losses))
+    return torch.cat(out)
+
+
+class _Shifts:
+    """s_t of every perturbation, summed by row."""
+
+    needs_pairs = True
+
+    def __init__(self, perturbations: Sequence[Perturbation]):
+        self.perturbations = perturbations
+        self.rows_of_tokens = torch.zeros(0, dtype=torch.long)
+        self.rows = 0
+        self.shift = torch.zeros(0)
+        self.first = torch.zeros(len(perturbations), dtype=torch.float64)
+        self.rows_squared = torch.zeros_like(self.first)
+        self.tokens_squared = torch.zeros_like(self.first)
+
+    def before(self, batch: Batch) -> None:
+        self.rows_of_tokens = batch.counted.nonzero()[:, 0]
+        self.rows = len(batch.ids)
+        self.shift = torch.zeros(len(self.perturbations), len(self.rows_of_tokens))
+
+    def after(self, batch: Batch) -> None:
+        s = self.shift.double()
+        by_row = torch.zeros(len(s), self.rows, dtype=torch.float64)
+        by_row.index_add_(1, self.rows_of_tokens, s)
+        self.first += by_row.sum(1)
+        self.rows_squared += by_row.square().sum(1)
+        self.tokens_squared += s.square().sum(1)
+
+    def inputs(self, target: Target, a: torch.Tensor) -> None:
+        pass
+
+    def pair(self, target: Target, a: torch.Tensor | None, g: torch.Tensor) -> None:
+        assert a is not None
+        for k, perturbation in enumerate(self.perturbations):
+            delta = perturbation.deltas.get(target.name)
+            if delta is not None:
+                self.shift[k] += ((g @ delta.to(g)) * a).sum(1).float().cpu()
+
+
+def check_perturbations(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    populations: Sequence[Population],
+    targets: Sequence[Target],
+    perturbations: Sequence[Perturbation],
+    *,
+    tokens: int | None,
+    width: int = 256,
+    batch_size: int = 16,
+    seed: int = 0,
+    progress: str | None = None,
+) -> list[PerturbationCheck]:
+    """Measure and predict every perturbation on every population: two backward passes and one
+    forward pass per perturbation.
+
+    Raises ValueError where a perturbation names a matrix that is not a target, and as
+    `collect_factors` does.
+    """
+    out = []
+    settings = {"tokens": tokens, "width": width, "batch_size": batch_size, "seed": seed}
+    for population in populations:
+        found = {}
+        for labels in ("gold", "sampled"):
+            shifts = _Shifts(perturbations)
+            run_pass(
+                model,
+                tokenizer,
+                population,
+                targets,
+                shifts,
+                labels=labels,  # type: ignore[arg-type]
+                progress=progress,
+                before=shifts.before,
+                after=shifts.after,
+                **settings,  # type: ignore[arg-type]
+            )
+            found[labels] = shifts
+        rows = list(batches(population, tokenizer, **settings))  # type: ignore[arg-type]
+        scored = torch.cat([b.scored.sum(1) for b in rows]).double()
+        n = float(scored.sum())
+        with evaluation_mode(model):
+            base = _row_losses(model, rows)
+            for k, perturbation in enumerate(perturbations):
+                with applied(targets, perturbation):
+                    change = _row_losses(model, rows) - base
+                mean = float(change.sum()) / n
+                residual = change - mean * scored
+                error = (
+                    math.sqrt(
+                        float(residual.square().sum()) * len(residual) / max(1, len(residual) - 1)
+                    )
+                    / n
+                )
+                out.append(
+                    PerturbationCheck(
+                        perturbation.name,
+                        population.name,
+                        mean,
+                        error,
+                        float(found["gold"].first[k]) / n,
+                        0.5 * float(found["sampled"].rows_squared[k]) / n,
+                        0.5 * float(found["sampled"].tokens_squared[k]) / n,
+                        int(n),
+                    )
+                )
+    return out

@@ -1,0 +1,192 @@
+"""Find recited text where the user has no list: which windows of a given text does the model
+recite, and how flat are they?
+
+One teacher-forced forward pass per window gives both: recitation (are the arg-maxes right after a
+prefix?) and, without labels, flatness: the share of activation energy in the flattest 60 % of
+directions of the reference population.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from scipy import stats
+from torch import nn
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from curvature.eigenbases import TargetEigenbases
+from curvature.forward import CausalForward, device_of, evaluation_mode
+from curvature.populations import Document, Population
+from curvature.targets import Target
+from curvature.whitening import FLAT_SHARE
+
+
+@dataclass(frozen=True)
+class Window:
+    """One window of a text. start: its first token in the text. right: share of its suffix tokens
+    that are the arg-max. strict: all are. flatness: share of activation energy in the flattest
+    directions, mean over targets, in [0, 1]."""
+
+    text: int
+    start: int
+    prefix: str
+    suffix: str
+    right: float
+    strict: bool
+    flatness: float
+
+
+@dataclass(frozen=True)
+class Scan:
+    """All windows of a scan. auroc: how well flatness alone separates recited windows from the
+    others (0.5: not at all; None where there is only one kind)."""
+
+    windows: tuple[Window, ...]
+    auroc: float | None
+
+    @property
+    def recited(self) -> tuple[Window, ...]:
+        return tuple(w for w in self.windows if w.strict)
+
+    def population(self, name: str = "recited") -> Population:
+        """The recited windows as a memorized population for the other stages. Raises ValueError for
+        fewer than two."""
+        documents = tuple(Document(w.prefix, w.suffix) for w in self.recited)
+        if len(documents) < 2:
+            raise ValueError(f"the scan found {len(documents)} recited windows: give more text")
+        return Population(name, "memorized", documents, "recitation scan")
+
+
+def auroc(positive: Sequence[float], negative: Sequence[float]) -> float | None:
+    """P(a positive is above a negative), ties by half (Mann-Whitney), or None where one side is
+    empty."""
+    if not positive or not negative:
+        return None
+    statistic = stats.mannwhitneyu(positive, negative).statistic
+    return float(statistic) / (len(positive) * len(negative))
+
+
+class _FlatEnergy:
+    """Hooks that sum, per token, the energy of a target's input in all and in the flat
+    directions."""
+
+    def __init__(self, targets: Sequence[Target], bases: Mapping[str, TargetEigenbases]):
+        missing = [t.name for t in targets if t.name not in bases]
+        if missing or not targets:
+            raise ValueError(
+                f"no eigenbasis for {missing[0]}" if missing else "no targets to scan with"
+            )
+        groups: dict[str, Target] = {}
+        for target in targets:
+            groups.setdefault(target.input_group, target)
+        self.targets = list(groups.values())
+        self.flat = {}
+        for t in self.targets:
+            vectors = bases[t.name].A.vectors
+            self.flat[t.name] = vectors[:, : max(1, round(FLAT_SHARE * len(vectors)))]
+        self.shares: list[torch.Tensor] = []
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> _FlatEnergy:
+        for target in self.targets:
+            self._handles.append(target.module.register_forward_pre_hook(self._hook(target)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _hook(self, target: Target):
+        def hook(module: nn.Module, args: tuple) -> None:
+            x = args[0].float()
+            flat = x @ self.flat[target.name].to(x)
+            self.shares.append(flat.square().sum(-1) / x.square().sum(-1).clamp(min=1e-30))
+
+        return hook
+
+
+def _windows(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], length: int, stride: int
+) -> Iterator[tuple[int, int, list[int]]]:
+    for k, text in enumerate(texts):
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        for start in range(0, len(ids) - length + 1, stride):
+            yield k, start, ids[start : start + length]
+
+
+@torch.no_grad()
+def scan_recitation(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    targets: Sequence[Target],
+    bases: Mapping[str, TargetEigenbases],
+    *,
+    prefix: int = 32,
+    suffix: int = 32,
+    stride: int | None = None,
+    batch_size: int = 32,
+    progress: str | None = None,
+) -> Scan:
+    """Score windows of `prefix + suffix` tokens every `stride` tokens (default: the suffix length)
+    of each text.
+
+    `bases` are eigenbases of the reference population's factors. A strict window is recited: greedy
+    decoding from its prefix gives its suffix. Flatness is the mean over targets and suffix tokens.
+    Raises ValueError where no text is as long as a window, on a missing basis, and on logits that
+    are not finite.
+    """
+    if prefix < 1 or suffix < 1:
+        raise ValueError(f"prefix {prefix} and suffix {suffix}: expected at least one token each")
+    bos = tokenizer.bos_token_id
+    begins = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+    pieces = list(_windows(tokenizer, texts, prefix + suffix, stride or suffix))
+    if not pieces:
+        raise ValueError(
+            f"no text has {prefix + suffix} tokens: give longer text or a shorter window"
+        )
+    windows = []
+    with evaluation_mode(model):
+        forward = CausalForward(model)
+        with _FlatEnergy(targets, bases) as energy:
+            starts = range(0, len(pieces), batch_size)
+            for first in tqdm(starts, desc=progress, disable=progress is None, leave=False):
+                part = pieces[first : first + batch_size]
+                rows = [[bos, *ids] if begins else ids for _, _, ids in part]
+                ids = torch.tensor(rows, device=device_of(model))
+                energy.shares.clear()
+                hidden = forward.hidden(ids)
+                n = ids.shape[1]
+                logits = forward.logits(hidden[:, n - suffix - 1 : n - 1])
+                if not torch.isfinite(logits).all():
+                    raise ValueError("logits are not finite: the model is broken")
+                right = logits.argmax(-1) == ids[:, n - suffix :].to(logits.device)
+                shares = torch.stack(
+                    [s[:, n - suffix :].mean(1).cpu() for s in energy.shares]
+                ).mean(0)
+                for (k, start, tokens), row, share in zip(part, right, shares, strict=True):
+                    whole = str(tokenizer.decode(tokens))
+                    given = str(tokenizer.decode(tokens[:prefix]))
+                    rest = (
+                        whole[len(given) :]
+                        if whole.startswith(given)
+                        else str(tokenizer.decode(tokens[prefix:]))
+                    )
+                    windows.append(
+                        Window(
+                            k,
+                            start,
+                            given,
+                            rest,
+                            float(row.float().mean()),
+                            bool(row.all()),
+                            float(share),
+                        )
+                    )
+    recited = [w.flatness for w in windows if w.strict]
+    others = [w.flatness for w in windows if not w.strict]
+    return Scan(tuple(windows), auroc(recited, others))
