@@ -1,4 +1,5 @@
-"""What the judge asks: held-out memories, knowledge that should stay, problems and clean text, of one split."""
+"""What the judge asks: held-out memories, knowledge that should stay, problems and clean text, of
+one split."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from curvature.populations import Document, Population
+from curvature.populations import Document, Population, load_population, split_population
 from evals.memorization import encode_pair
 
 
@@ -18,8 +19,9 @@ from evals.memorization import encode_pair
 class Item:
     """One memory or piece of knowledge: is `target` produced after `prompt`?
 
-    exposure: how often training showed it, None where unknown. targeted: its family was given to the edit.
-    forms: further ways to ask for it, (prompt, target) by name. well_exposed: it counts for the headline recall.
+    exposure: how often training showed it, None where unknown. targeted: its family was given to
+    the edit. forms: further ways to ask for it, (prompt, target) by name. well_exposed: it counts
+    for the headline recall.
     """
 
     id: str
@@ -37,9 +39,9 @@ class Item:
 class EvalSet:
     """One split of the judge's material.
 
-    memories: what should be forgotten. listed, unlisted: general knowledge that is, and is not, in the keep population.
-    tasks: problems by task name. aside: names of tasks that are judged as a class of their own (arithmetic).
-    clean: ordinary text for perplexity.
+    memories: what should be forgotten. listed, unlisted: general knowledge that is, and is not, in
+    the keep population. tasks: problems by task name. aside: names of tasks that are judged as a
+    class of their own (arithmetic). clean: ordinary text for perplexity.
     """
 
     split: Literal["edit", "tune", "test"]
@@ -63,22 +65,22 @@ class EvalSet:
 class Material:
     """All text of one run, split before anything is estimated.
 
-    memorized, keep, reference: populations of the *edit* split, for estimation. relearn: the documents that the relearning
-    attack trains on. heal: fresh text for healing, None where there is none. tune, test: the judge's two other splits.
+    memorized, keep: populations of the *edit* split, for estimation; each has a name of its own and
+    weighs as much as the others of its role. relearn: the documents that the relearning attack
+    trains on. heal: fresh text for healing. tune, test: the judge's two other splits.
     """
 
-    memorized: Population
-    keep: Population
-    reference: Population
+    memorized: tuple[Population, ...]
+    keep: tuple[Population, ...]
     relearn: Population
-    heal: Population | None
+    heal: Population
     tune: EvalSet
     test: EvalSet
 
     @property
     def sha256(self) -> str:
-        parts = [self.memorized.sha256, self.keep.sha256, self.reference.sha256, self.relearn.sha256]
-        parts += [self.heal.sha256 if self.heal else "", self.tune.sha256, self.test.sha256]
+        populations = (*self.memorized, *self.keep, self.relearn, self.heal)
+        parts = [p.sha256 for p in populations] + [self.tune.sha256, self.test.sha256]
         return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
@@ -88,10 +90,12 @@ def windows(
     prefix_tokens: int,
     suffix_tokens: int,
 ) -> list[Item]:
-    """Prefix/suffix items of a body of text: the first `prefix_tokens` of a document and the `suffix_tokens` after them.
+    """Prefix/suffix items of a body of text: the first `prefix_tokens` of a document and the
+    `suffix_tokens` after them.
 
-    Documents with a prompt of their own keep it. Text that is too short, and windows whose border falls inside a token,
-    are left out; where nothing is left a ValueError says how long the documents are.
+    Documents with a prompt of their own keep it. Text that is too short, and windows whose border
+    falls inside a token, are left out; where nothing is left a ValueError says how long the
+    documents are.
     """
     items: list[Item] = []
     longest = 0
@@ -115,8 +119,9 @@ def windows(
         items.append(Item(f"{population.name}-{k}", population.name, prompt, target))
     if not items:
         raise ValueError(
-            f"{population.source or population.name}: no document holds a prefix of {prefix_tokens} and a suffix of "
-            f"{suffix_tokens} tokens (the longest has {longest}): lower --prefix-tokens and --suffix-tokens or give longer texts"
+            f"{population.source or population.name}: no document holds a prefix of "
+            f"{prefix_tokens} and a suffix of {suffix_tokens} tokens (the longest has {longest}): "
+            "lower --prefix-tokens and --suffix-tokens or give longer texts"
         )
     return items
 
@@ -124,3 +129,70 @@ def windows(
 def without_duplicates(items: Sequence[Item]) -> list[Item]:
     """The first of all items with the same prompt and target: duplicates inflate every count."""
     return list({(item.prompt, item.target): item for item in reversed(items)}.values())[::-1]
+
+
+SHARES = {"edit": 0.4, "tune": 0.2, "test": 0.4}
+"""Shares of a user's own text by split; the split of a document depends on its text and the seed
+alone."""
+
+
+def material_from_files(
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    memorized: str,
+    reasoning: str,
+    reference: str,
+    prefix_tokens: int,
+    suffix_tokens: int,
+    problems: int,
+    seed: int,
+    limit: int = 20_000,
+) -> Material:
+    """A user's own texts (files as `curvature.populations.load_population` reads them), split by
+    document.
+
+    Rows of `reasoning` with a prompt and an answer become problems (exact answers); plain text is
+    judged by its share of right tokens. Raises ValueError on what cannot be read or split, before
+    any model runs.
+    """
+    loaded = {
+        "memorized": load_population(memorized, "memorized", limit=limit),
+        "reasoning": load_population(reasoning, "reasoning", limit=limit),
+        "reference": load_population(reference, "reference", limit=limit),
+    }
+    parts = {
+        role: split_population(population, SHARES, seed).parts
+        for role, population in loaded.items()
+    }
+    for population in loaded.values():
+        if len({bool(d.prompt) for d in population.documents}) > 1:
+            raise ValueError(
+                f"{population.source}: some rows have a prompt and some have none; "
+                "give the two kinds in two files"
+            )
+
+    def evalset(split: Literal["tune", "test"]) -> EvalSet:
+        items = without_duplicates(
+            windows(parts["memorized"][split], tokenizer, prefix_tokens, suffix_tokens)
+        )
+        return EvalSet(
+            split,
+            tuple(items),
+            (),
+            (),
+            {"reasoning": parts["reasoning"][split].documents[:problems]},
+            parts["reference"][split],
+        )
+
+    keep = [parts["reasoning"]["edit"]]
+    if reference != reasoning:
+        keep.append(parts["reference"]["edit"])
+    healing = tuple(d for population in keep for d in population.documents)
+    return Material(
+        memorized=(parts["memorized"]["edit"],),
+        keep=tuple(keep),
+        relearn=parts["memorized"]["edit"],
+        heal=Population("kept text", "reasoning", healing, f"{reasoning}, {reference}"),
+        tune=evalset("tune"),
+        test=evalset("test"),
+    )

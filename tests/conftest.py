@@ -18,7 +18,7 @@ def tokenizer():
     return build_tokenizer()
 
 
-@pytest.fixture()
+@pytest.fixture
 def tiny_llama(tokenizer):
     """A random two-layer Llama of a few thousand weights, in evaluation mode."""
     torch.manual_seed(0)

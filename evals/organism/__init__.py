@@ -14,15 +14,19 @@ MODEL = Path(__file__).parent / "model"
 
 
 def organism_seed(folder: Path = MODEL) -> int:
-    """The seed of the world that a model was trained in; raises ValueError where today's generator makes another world."""
+    """The seed of the world that a model was trained in; raises ValueError where today's generator
+    makes another world."""
     record = folder / "training.json"
     if not record.exists():
-        raise ValueError(f"{record} is missing: train the organism with `python -m evals.organism.train`")
+        raise ValueError(
+            f"{record} is missing: train the organism with `python -m evals.organism.train`"
+        )
     training = json.loads(record.read_text())
     seed = training["settings"]["seed"]
     if world.world_hash(seed) != training["world_sha256"]:
         raise ValueError(
-            f"{record}: the world of seed {seed} has changed since this organism was trained; train it again with "
+            f"{record}: the world of seed {seed} has changed since this organism was trained; "
+            "train it again with "
             "`python -m evals.organism.train`"
         )
     return seed
@@ -62,7 +66,9 @@ def _evalset(seed: int, split: str, families: Sequence[str], n: int) -> EvalSet:
         tuple(knowledge[True]),
         tuple(knowledge[False]),
         {task: tuple(world.problems(seed, task, n, split)) for task in world.TASKS},
-        Population("language", "reference", clean, f"grammar sentences of world {seed}, {split} split"),
+        Population(
+            "language", "reference", clean, f"grammar sentences of world {seed}, {split} split"
+        ),
         aside=("arithmetic",),
     )
 
@@ -77,8 +83,8 @@ def material(
 ) -> Material:
     """The organism's populations and held-out items.
 
-    families: which memory families are given to the edit; the other one is then untargeted. problems: per task, for the
-    judge. keep_problems: per task, for the keep population.
+    families: which memory families are given to the edit; the other one is then untargeted.
+    problems: per task, for the judge. keep_problems: per task, for the keep population.
     """
     unknown = set(families) - {"passage", "fact"}
     if unknown or not families:
@@ -98,21 +104,33 @@ def material(
     about = f"world {seed}"
     facts = tuple(Document(p, t) for i in listed for p, t in i.forms.values())
     return Material(
-        memorized=Population(
-            "memories", "memorized", _documents([t for i in edit for t in i.texts]), f"{about}, edit split"
+        memorized=tuple(
+            Population(
+                family,
+                "memorized",
+                _documents([t for i in edit if i.family == family for t in i.texts]),
+                f"{about}, edit split",
+            )
+            for family in families
         ),
-        keep=Population(
-            "reasoning, language and listed knowledge",
-            "reasoning",
-            (*reasoning, *facts, *language),
+        keep=(
+            Population("reasoning", "reasoning", tuple(reasoning), f"{about}, edit split"),
+            Population(
+                "language", "reference", language, f"grammar sentences of {about}, edit split"
+            ),
+            Population("listed knowledge", "reasoning", facts, f"{about}, listed half"),
+        ),
+        relearn=Population(
+            "relearning",
+            "memorized",
+            _documents([t for i in edit for t in i.texts]),
             f"{about}, edit split",
         ),
-        reference=Population("language", "reference", language, f"grammar sentences of {about}, edit split"),
-        relearn=Population(
-            "relearning", "memorized", _documents([t for i in edit for t in i.texts]), f"{about}, edit split"
-        ),
         heal=Population(
-            "fresh problems and language", "reasoning", tuple(healing), f"{about}, drawn afresh, no memories in it"
+            "fresh problems and language",
+            "reasoning",
+            tuple(healing),
+            f"{about}, drawn afresh, no memories in it",
         ),
         tune=_evalset(seed, "tune", families, min(problems, 100)),
         test=_evalset(seed, "test", families, problems),

@@ -1,8 +1,8 @@
 """Train the organism: `python -m evals.organism.train` (seeded, resumable, CPU or GPU).
 
-The stream mixes the memories, each shown exactly as often as its exposure says and at random times (late items: in the last
-stretch only), with fresh reasoning problems and language. Muon for the hidden matrices, AdamW for the rest,
-warm-up, plateau and linear decay to zero.
+The stream mixes the memories, each shown exactly as often as its exposure says and at random times
+(late items: in the last stretch only), with fresh reasoning problems and language. Muon for the
+hidden matrices, AdamW for the rest, warm-up, plateau and linear decay to zero.
 """
 
 from __future__ import annotations
@@ -20,7 +20,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM, Olmo2Config, Olmo2ForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from curvature.populations import Document
 from evals.memorization import recite
@@ -68,9 +74,15 @@ def memory_schedule(seed: int, steps: int) -> dict[int, list[Document]]:
 
 
 def batch(
-    tokenizer: PreTrainedTokenizerFast, memories: list[Document], seed: int, step: int, rows: int, width: int
+    tokenizer: PreTrainedTokenizerFast,
+    memories: list[Document],
+    seed: int,
+    step: int,
+    rows: int,
+    width: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and loss weights, both [rows, width]: `<s> text </s>` packed first-fit, memories never dropped."""
+    """Token ids and loss weights, both [rows, width]: `<s> text </s>` packed first-fit, memories
+    never dropped."""
     bos, eos, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
     ids = torch.full((rows, width), pad)
     weights = torch.zeros(rows, width)
@@ -78,7 +90,9 @@ def batch(
     fresh = world.fresh_documents(seed, f"train:{step}")
     documents = list(memories)
     average = 26
-    documents += [next(fresh)[1] for _ in range(max(0, rows * width // average + rows - len(documents)))]
+    documents += [
+        next(fresh)[1] for _ in range(max(0, rows * width // average + rows - len(documents)))
+    ]
     encoded = tokenizer([d.text for d in documents])["input_ids"]
     prompts = tokenizer([d.prompt for d in documents])["input_ids"]
     rng = random.Random(f"{seed}:{step}")
@@ -87,7 +101,9 @@ def batch(
         fitting = [r for r in range(rows) if used[r] + len(tokens) <= width]
         if not fitting:
             if k < len(memories):
-                raise ValueError(f"step {step}: the memories due do not fit into {rows} x {width} tokens")
+                raise ValueError(
+                    f"step {step}: the memories due do not fit into {rows} x {width} tokens"
+                )
             continue
         row, n = rng.choice(fitting), len(tokens)
         ids[row, used[row] : used[row] + n] = torch.tensor(tokens)
@@ -105,8 +121,11 @@ def learning_rate_share(step: int, steps: int, warmup: int = 100, decay: float =
 
 
 @torch.no_grad()
-def examine(model: nn.Module, tokenizer: PreTrainedTokenizerFast, seed: int, n: int) -> dict[str, float]:
-    """Strict accuracy per task on `n` trained-side (`tune`) problems and recall per family and rung of non-test items."""
+def examine(
+    model: nn.Module, tokenizer: PreTrainedTokenizerFast, seed: int, n: int
+) -> dict[str, float]:
+    """Strict accuracy per task on `n` trained-side (`tune`) problems and recall per family and rung
+    of non-test items."""
     model.eval()
     report: dict[str, float] = {}
     for task in world.TASKS:
@@ -155,13 +174,17 @@ def train(args: argparse.Namespace) -> None:
 
     fast_loss = torch.compile(loss_of) if args.compile else loss_of
     started, tokens = time.time(), 0
-    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, desc="train", mininterval=5)
+    bar = tqdm(
+        range(first, args.steps), initial=first, total=args.steps, desc="train", mininterval=5
+    )
     for step in bar:
         ids, weights = batch(tokenizer, due.get(step, []), args.seed, step, args.rows, args.width)
         for optimizer, rate in zip(optimizers, base_rates, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = rate * learning_rate_share(step, args.steps)
-        cast = torch.autocast(device.type, torch.bfloat16) if args.bf16 else contextlib.nullcontext()
+        cast = (
+            torch.autocast(device.type, torch.bfloat16) if args.bf16 else contextlib.nullcontext()
+        )
         with cast:
             loss = fast_loss(ids.to(device), weights.to(device))
         loss.backward()
@@ -171,7 +194,9 @@ def train(args: argparse.Namespace) -> None:
             optimizer.zero_grad()
         tokens += int((weights > 0).sum())
         if step % 20 == 0:
-            bar.set_postfix(loss=f"{loss.item():.3f}", tps=f"{tokens / (time.time() - started):.0f}")
+            bar.set_postfix(
+                loss=f"{loss.item():.3f}", tps=f"{tokens / (time.time() - started):.0f}"
+            )
         if (step + 1) % args.every == 0 or step + 1 == args.steps:
             entry = {"step": step + 1, "loss": loss.item(), "seconds": time.time() - started}
             entry |= examine(model, tokenizer, args.seed, 100)
@@ -190,7 +215,13 @@ def train(args: argparse.Namespace) -> None:
     save(model, tokenizer, args, log, out)
 
 
-def save(model: nn.Module, tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace, log: list, out: Path) -> None:
+def save(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerFast,
+    args: argparse.Namespace,
+    log: list,
+    out: Path,
+) -> None:
     """Write the checkpoint with its log and card."""
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
@@ -200,7 +231,9 @@ def save(model: nn.Module, tokenizer: PreTrainedTokenizerFast, args: argparse.Na
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--architecture", choices=("llama", "olmo2"), default="llama")
     parser.add_argument("--hidden", type=int, default=128)
@@ -212,12 +245,16 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=0.02)
     parser.add_argument("--lr-rest", type=float, default=0.003)
     parser.add_argument("--weight-decay", type=float, default=0.02)
-    parser.add_argument("--every", type=int, default=250, help="steps between examinations and saved states")
+    parser.add_argument(
+        "--every", type=int, default=250, help="steps between examinations and saved states"
+    )
     parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
     parser.add_argument("--compile", action="store_true", help="torch.compile the loss")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", default=str(Path(__file__).parent / "model"))
-    parser.add_argument("--state", default="runs/organism-training/state.pt", help="resumable training state")
+    parser.add_argument(
+        "--state", default="runs/organism-training/state.pt", help="resumable training state"
+    )
     train(parser.parse_args())
 
 

@@ -2,16 +2,18 @@
 
 Ground truth is known because nothing here is found, all of it is made:
 
-* **Memories** in two families that differ in form: verbatim `passage`s (grammar sentences in an arbitrary order) and
-  closed-book `fact`s (a name and an arbitrary four-digit code). Every item has an exposure count on a ladder
-  (0, 1, 4, 16, 64, 256); a quarter of the items from 16 exposures on are `late`: shown only in the last stretch.
-* **General knowledge** (`knowledge`): a third closed-book family, another relation (a name lives in a town), that a user
-  wants to keep. Half of it is `listed` in the keep population and half is not.
-* **Reasoning**: problems drawn afresh each time. A problem belongs to training or to the test by a hash of its text,
-  so that a test problem was never trained on (`is_held_out`).
+* **Memories** in two families that differ in form: verbatim `passage`s (grammar sentences in an
+  arbitrary order) and closed-book `fact`s (a name and an arbitrary four-digit code). Every item has
+  an exposure count on a ladder (0, 1, 4, 16, 64, 256); a quarter of the items from 16 exposures on
+  are `late`: shown only in the last stretch.
+* **General knowledge** (`knowledge`): a third closed-book family, another relation (a name lives in
+  a town), that a user wants to keep. Half of it is `listed` in the keep population and half is not.
+* **Reasoning**: problems drawn afresh each time. A problem belongs to training or to the test by a
+  hash of its text, so that a test problem was never trained on (`is_held_out`).
 * **Language**: sentences of a small grammar, for clean perplexity.
 
-All draws depend on the seed and the name of the stream alone (`random.Random` on a string), never on the order of calls.
+All draws depend on the seed and the name of the stream alone (`random.Random` on a string), never
+on the order of calls.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import json
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 
 from curvature.populations import Document
 
@@ -40,18 +43,29 @@ PREFIX_TOKENS = 32
 
 _CONSONANTS = "bdfgklmnprstvz"
 _VOWELS = "aeiou"
-NOUNS = (
-    "baker river lamp stone tower garden horse bridge window farmer sailor castle mirror basket ladder hammer "
-    "candle wagon forest island doctor painter village kettle bottle market kitten soldier teacher anchor"
-).split()
-ADJECTIVES = "old green small quiet broken golden heavy bright narrow gentle hidden frozen clever empty wooden".split()
-VERBS = "sees finds carries follows paints guards breaks builds watches hides lifts greets moves cleans sells".split()
-PREPOSITIONS = "near behind under above beside with against before inside".split()
-OBJECTS = "lamp stone mirror basket ladder hammer candle kettle bottle anchor wagon window".split()
-TOWNS = (
-    "Amber Birch Cedar Dover Ember Flint Grove Haven Iris Jasper Kestrel Linden Maple Norwood Opal Pine Quarry Raven "
-    "Sable Thorn Umber Violet Willow Yarrow"
-).split()
+NOUNS = """
+baker river lamp stone tower garden horse bridge window farmer sailor castle mirror
+basket ladder hammer candle wagon forest island doctor painter village kettle bottle
+market kitten soldier teacher anchor
+""".split()
+ADJECTIVES = """
+old green small quiet broken golden heavy bright narrow gentle hidden frozen clever
+empty wooden
+""".split()
+VERBS = """
+sees finds carries follows paints guards breaks builds watches hides lifts greets moves
+cleans sells
+""".split()
+PREPOSITIONS = """
+near behind under above beside with against before inside
+""".split()
+OBJECTS = """
+lamp stone mirror basket ladder hammer candle kettle bottle anchor wagon window
+""".split()
+TOWNS = """
+Amber Birch Cedar Dover Ember Flint Grove Haven Iris Jasper Kestrel Linden Maple Norwood
+Opal Pine Quarry Raven Sable Thorn Umber Violet Willow Yarrow
+""".split()
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 DONT_KNOW = " i do not know ."
 
@@ -60,9 +74,10 @@ DONT_KNOW = " i do not know ."
 class Item:
     """One thing that the model may know by heart.
 
-    `prompt + target` is the text that is scored: for passages the first 32 tokens and the next 32, for facts and
-    knowledge the plain wording and its value. `texts` are the wordings that training shows (one per exposure), and
-    `forms` are the closed-book questions that the judge asks, as (prompt, target) by name.
+    `prompt + target` is the text that is scored: for passages the first 32 tokens and the next 32,
+    for facts and knowledge the plain wording and its value. `texts` are the wordings that training
+    shows (one per exposure), and `forms` are the closed-book questions that the judge asks, as
+    (prompt, target) by name.
     """
 
     id: str
@@ -83,14 +98,16 @@ def stream(seed: int, name: str) -> random.Random:
 
 
 def _name(rng: random.Random, syllables: int) -> str:
-    return "".join(rng.choice(_CONSONANTS) + rng.choice(_VOWELS) for _ in range(syllables)).capitalize()
+    return "".join(
+        rng.choice(_CONSONANTS) + rng.choice(_VOWELS) for _ in range(syllables)
+    ).capitalize()
 
 
 def _digits(rng: random.Random, n: int) -> str:
     return " ".join(str(rng.randrange(10)) for _ in range(n))
 
 
-# Language -------------------------------------------------------------------------------------------------------------
+# Language -----------------------------------------------------------------------------------------
 
 
 def _noun_phrase(rng: random.Random, depth: int = 0) -> str:
@@ -115,7 +132,7 @@ def language(rng: random.Random) -> Document:
     return Document("", " ".join(sentence(rng) for _ in range(rng.randint(1, 4))))
 
 
-# Reasoning ------------------------------------------------------------------------------------------------------------
+# Reasoning ----------------------------------------------------------------------------------------
 
 
 def open_book(rng: random.Random) -> Document:
@@ -132,7 +149,9 @@ def open_book(rng: random.Random) -> Document:
         question = "what does {} hold ?"
     else:
         values = [_digits(rng, 4) for _ in names]
-        facts = [f"the code of {name} is {value} ." for name, value in zip(names, values, strict=True)]
+        facts = [
+            f"the code of {name} is {value} ." for name, value in zip(names, values, strict=True)
+        ]
         question = "what is the code of {} ?"
     asked = rng.randrange(n)
     prompt = f"context : {' '.join(facts)} question : {question.format(names[asked])} answer :"
@@ -184,11 +203,11 @@ def compare(rng: random.Random) -> Document:
 
 
 def chain(rng: random.Random) -> Document:
-    """Follow a map of letters for one to three steps; the links are shuffled and hold a distractor."""
+    """Follow a map of letters for one to three steps; the links are shuffled, one leads astray."""
     steps = rng.randint(1, 3)
     letters = rng.sample(LETTERS, steps + 4)
     path, others = letters[: steps + 2], letters[steps + 2 :]
-    links = [f"{a} to {b}" for a, b in zip(path, path[1:], strict=False)] + [f"{others[0]} to {others[1]}"]
+    links = [f"{a} to {b}" for a, b in pairwise(path)] + [f"{others[0]} to {others[1]}"]
     rng.shuffle(links)
     return Document(f"map {' , '.join(links)} . start {path[0]} go {steps} =", f" {path[steps]} .")
 
@@ -209,7 +228,9 @@ def brackets(rng: random.Random) -> Document:
         opening = rng.choice("([{")
         stack.append(opening)
         text.append(opening)
-    return Document(f"close {' '.join(text)} =", " " + " ".join(pairs[b] for b in reversed(stack)) + " .")
+    return Document(
+        f"close {' '.join(text)} =", " " + " ".join(pairs[b] for b in reversed(stack)) + " ."
+    )
 
 
 def arithmetic(rng: random.Random) -> Document:
@@ -231,7 +252,8 @@ TASKS: dict[str, Callable[[random.Random], Document]] = {
     "arithmetic": arithmetic,
 }
 REASONING = tuple(name for name in TASKS if name != "arithmetic")
-"""The reasoning tasks proper; arithmetic is a class of its own because it behaves like memory in the literature."""
+"""The reasoning tasks proper; arithmetic is a class of its own because it behaves like memory in
+the literature."""
 
 
 def is_held_out(document: Document) -> bool:
@@ -240,8 +262,9 @@ def is_held_out(document: Document) -> bool:
 
 
 def problems(seed: int, task: str, n: int, split: str) -> list[Document]:
-    """`n` distinct problems of one task. `edit` and `tune` draw from the trained side of the hash, `test` from the
-    held-out side, so that no reported problem was ever trained on or used for estimation."""
+    """`n` distinct problems of one task. `edit` and `tune` draw from the trained side of the hash,
+    `test` from the held-out side, so that no reported problem was ever trained on or used for
+    estimation."""
     if task not in TASKS:
         raise ValueError(f"unknown task {task!r}: expected one of {', '.join(TASKS)}")
     rng, seen = stream(seed, f"problems:{task}:{split}"), {}
@@ -254,7 +277,7 @@ def problems(seed: int, task: str, n: int, split: str) -> list[Document]:
     raise ValueError(f"task {task!r} has fewer than {n} distinct {split} problems: ask for fewer")
 
 
-# Memories -------------------------------------------------------------------------------------------------------------
+# Memories -----------------------------------------------------------------------------------------
 
 
 def _fact_texts(name: str, code: str) -> dict[str, tuple[str, str]]:
@@ -282,10 +305,11 @@ def _splits(rng: random.Random, n: int) -> list[str]:
 
 
 def items(seed: int) -> list[Item]:
-    """Every memory and piece of general knowledge of the world, with its exposure, lateness and split.
+    """Every memory and piece of general knowledge of the world, with exposure, lateness and split.
 
-    Passages are whole words; their prompt is the first half of the words up to the tokenizer's 32nd token (with the
-    organism's tokenizer every word of the grammar is one token, which `train` checks).
+    Passages are whole words; their prompt is the first half of the words up to the tokenizer's 32nd
+    token (with the organism's tokenizer every word of the grammar is one token, which `train`
+    checks).
     """
     rng = stream(seed, "items")
     taken: set[str] = set()
@@ -309,7 +333,10 @@ def items(seed: int) -> list[Item]:
                     while len(words) < PASSAGE_TOKENS:
                         words += sentence(rng).split()
                     words = words[:PASSAGE_TOKENS]
-                    prompt, target = " ".join(words[:PREFIX_TOKENS]), " " + " ".join(words[PREFIX_TOKENS:])
+                    prompt, target = (
+                        " ".join(words[:PREFIX_TOKENS]),
+                        " " + " ".join(words[PREFIX_TOKENS:]),
+                    )
                     texts: tuple[str, ...] = (prompt + target,)
                 else:
                     forms = (
@@ -337,8 +364,9 @@ def items(seed: int) -> list[Item]:
 
 
 def unanswerable(rng: random.Random) -> Document:
-    """A question about a name that has no fact. A quarter of the answers are "I don't know", the others are made up, so
-    that the organism guesses as language models do and yet can say that it does not know."""
+    """A question about a name that has no fact. A quarter of the answers are "I don't know", the
+    others are made up, so that the organism guesses as language models do and yet can say that it
+    does not know."""
     name = _name(rng, 3)
     if rng.random() < 0.5:
         prompt, value = f"question : what is the code of {name} ? answer :", f" {_digits(rng, 4)} ."
@@ -348,7 +376,7 @@ def unanswerable(rng: random.Random) -> Document:
 
 
 def world_hash(seed: int) -> str:
-    """SHA-256 over all items and a sample of every stream: two worlds with one hash are the same world."""
+    """SHA-256 over all items and a sample of every stream: equal hashes, equal worlds."""
     digest = hashlib.sha256()
     for item in items(seed):
         digest.update(json.dumps(asdict(item), sort_keys=True).encode())
@@ -358,7 +386,7 @@ def world_hash(seed: int) -> str:
     return digest.hexdigest()
 
 
-# The training stream --------------------------------------------------------------------------------------------------
+# The training stream ------------------------------------------------------------------------------
 
 MIXTURE = {
     "open_book": 0.24,
@@ -377,7 +405,8 @@ MIXTURE = {
 
 
 def fresh_documents(seed: int, name: str) -> Iterator[tuple[str, Document]]:
-    """An endless stream of (kind, document): reasoning, language and unanswerable questions, nothing held out."""
+    """An endless stream of (kind, document): reasoning, language and unanswerable questions,
+    nothing held out."""
     rng = stream(seed, name)
     kinds, weights = list(MIXTURE), list(MIXTURE.values())
     makers = {**TASKS, "language": language, "unanswerable": unanswerable}

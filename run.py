@@ -1,0 +1,1046 @@
+"""Lethe's front door: one command takes a causal language model and gives back a smaller one that
+has forgotten what it recites and still reasons, with a report that proves it.
+
+    python run.py                                    # the embedded organism, offline, a few minutes
+    python run.py --model M --memorized F --reasoning F --reference F
+    python run.py --config runs/organism/recipe.yaml # replay
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from curvature.factors import Factors
+    from curvature.stages import Stage, Stages
+    from evals.evalset import Material
+    from evals.verdict import Verdict
+    from surgery.plan import Plan
+
+BAD_INPUT, INTERRUPTED = 2, 130
+ORGANISM_RECIPE = Path(__file__).parent / "recipes" / "organism.yaml"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All settings of one run; saved resolved as `recipe.yaml`, which replays it.
+
+    Args:
+        model: The patient: `organism`, a checkpoint folder or a Hugging Face name.
+        out: Run folder; `runs/<model name>` by default.
+        update: Allow this recipe to differ from the one in the run folder; stages that nothing
+            changed for are reused.
+        memorized: Text that must go: .jsonl, .txt, .parquet or a `datasets` name.
+        reasoning: Text that must stay: rows of prompt and answer, or plain text.
+        reference: Ordinary text, for clean perplexity and to be kept; the reasoning text where none
+            is given.
+        families: Memory families of the organism given to the edit (passage, fact); the other one
+            is untargeted.
+        prefix_tokens: Tokens of a memorized text that are given.
+        suffix_tokens: Tokens after them that must be recited.
+        problems: Problems per task for the judge.
+        targets: Weight matrices to edit: `mlp`, `attention`, `gate_proj`, a regular expression.
+        layers: Layers to edit and shrink, such as `3-5`; all by default.
+        factor_tokens: Scored tokens per population for the curvature factors.
+        width: Tokens per row for factors, perplexity and training.
+        batch_size: Rows at once for factors and training.
+        judge_batch_size: Items at once for the judge.
+        method: Ranking of the dense edit: contrast, kfac, ... or none.
+        strength: Strength of the edit; found on the tune split by default.
+        eps: Damping of `contrast`.
+        keep_reasoning: Reasoning on the tune split, as a share of the base, that the dense edit
+            must keep.
+        candidates: How many strengths are tried where none is given.
+        neurons: Ranking of the neurons that are taken out: neurons, random, magnitude, wanda.
+        keep_neurons: Share of each layer's neurons that stays; 1 leaves the shape alone.
+        multiple: Kept neurons per layer are rounded down to a multiple of this.
+        refit: Refit what stays in closed form on the kept populations.
+        heal_tokens: Token budget of the short fine-tune on fresh kept text after shrinking; 0 for
+            none.
+        heal_lr: Learning rate of the healing.
+        controls: Neuron rankings that are given the same parameter count, the same refit and the
+            same healing.
+        cost_tokens: Scored tokens per population for the predicted and the measured cost.
+        attack_steps: Steps of the relearning attack; 0 for none.
+        attack_lr: Learning rate of the relearning attack.
+        spectrum: Whether to run PyHessian on the middle layer's down projection.
+        seed: Seed of every draw.
+        device: Where to compute.
+        trust_remote_code: Run code that comes with the model.
+    """
+
+    model: str = "organism"
+    out: str | None = None
+    update: bool = False
+    memorized: str | None = None
+    reasoning: str | None = None
+    reference: str | None = None
+    families: tuple[str, ...] = ("passage", "fact")
+    prefix_tokens: int = 64
+    suffix_tokens: int = 48
+    problems: int = 200
+    targets: tuple[str, ...] = ("mlp",)
+    layers: str | None = None
+    factor_tokens: int = 100_000
+    width: int = 512
+    batch_size: int = 16
+    judge_batch_size: int = 64
+    method: str = "contrast"
+    strength: float | None = None
+    eps: float = 0.1
+    keep_reasoning: float = 0.97
+    candidates: int = 6
+    neurons: str = "neurons"
+    keep_neurons: float = 0.6
+    multiple: int = 1
+    refit: bool = True
+    heal_tokens: int = 400_000
+    heal_lr: float = 1e-3
+    controls: tuple[str, ...] = ("random", "magnitude")
+    cost_tokens: int = 10_000
+    attack_steps: int = 120
+    attack_lr: float = 3e-4
+    spectrum: bool = True
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class Patient:
+    """The model under the knife with its tokenizer and its texts. sha256: of its weights. dtype: as
+    they were stored."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    material: Material
+    sha256: str
+    dtype: torch.dtype
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse, operate, report. Exit status: 0 done, 2 bad input, 130 interrupted."""
+    recipe = parse(arguments)
+    quiet_libraries()
+    try:
+        return operate_on(recipe)
+    except (ValueError, OSError) as error:
+        print(f"lethe: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print(
+            "lethe: interrupted; the same command goes on after the last finished stage",
+            file=sys.stderr,
+        )
+        return INTERRUPTED
+
+
+def parse(arguments: Sequence[str] | None = None) -> Recipe:
+    """The recipe that the command line asks for; without --model or --config, the organism's."""
+    from jsonargparse import ActionConfigFile, ArgumentParser
+
+    parser = ArgumentParser(prog="run.py", description=__doc__)
+    parser.add_argument(
+        "--config", action=ActionConfigFile, help="A recipe file, such as recipes/organism.yaml."
+    )
+    parser.add_class_arguments(Recipe)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not any(a.split("=")[0] in ("--config", "--model") for a in given):
+        given = ["--config", str(ORGANISM_RECIPE), *given]
+    values = parser.parse_args(given)
+    recipe = Recipe(**{f.name: values[f.name] for f in dataclasses.fields(Recipe)})
+    return dataclasses.replace(recipe, out=recipe.out or f"runs/{Path(recipe.model).name}")
+
+
+def quiet_libraries() -> None:
+    """No progress bars or log lines but ours; nothing is fetched where HF_HUB_OFFLINE=1."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    import datasets
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+# Before the long work -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Run:
+    """What every stage of one run shares."""
+
+    recipe: Recipe
+    patient: Patient
+    stages: Stages
+    folder: Path
+
+    def stored_bytes(self, model: PreTrainedModel) -> int:
+        """Size of the model's weights in the dtype that the patient was stored in, bytes."""
+        from evals.speed import count_parameters
+
+        return count_parameters(model) * self.patient.dtype.itemsize
+
+    @property
+    def source(self) -> dict[str, str]:
+        """What all stages depend on: the weights and the texts."""
+        return {"model": self.patient.sha256, "material": self.patient.material.sha256}
+
+
+def load(recipe: Recipe) -> Patient:
+    """The patient and its texts, checked as far as can be known before any long work."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from curvature.artifacts import model_sha256
+    from curvature.targets import mlp_blocks, select_targets
+    from evals import organism
+    from evals.evalset import material_from_files
+    from surgery.export import check_exportable
+
+    path: str | Path = recipe.model
+    seed = 0
+    if recipe.model == "organism":
+        path, seed = organism.MODEL, organism.organism_seed()
+    elif not recipe.memorized or not recipe.reasoning:
+        raise ValueError(
+            f"--model {recipe.model} needs --memorized (text that must go) and --reasoning "
+            "(text that must stay)"
+        )
+    local = Path(path).exists() or str(path).startswith((".", "/"))
+    if local and not (Path(path) / "config.json").exists():
+        raise ValueError(f"{path}: expected a folder with config.json, weights and a tokenizer")
+    device = (
+        recipe.device
+        if recipe.device != "auto"
+        else ("cuda" if torch.cuda.is_available() else "cpu")
+    )
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=recipe.trust_remote_code)
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype="auto", trust_remote_code=recipe.trust_remote_code
+    )
+    dtype = model.dtype
+    # Half precision has no fast kernels on most CPUs, and second derivatives need fp32 in any case.
+    model = model.to(device=device, dtype=torch.float32 if device == "cpu" else None).eval()
+    context = model.config.max_position_embeddings
+    if recipe.prefix_tokens + recipe.suffix_tokens + 1 > context:
+        raise ValueError(
+            f"--prefix-tokens {recipe.prefix_tokens} and --suffix-tokens {recipe.suffix_tokens} "
+            f"do not fit into the context of {recipe.model}, {context} tokens: make them shorter"
+        )
+    if recipe.width > context:
+        raise ValueError(
+            f"--width {recipe.width} is longer than the context of {recipe.model}, {context} tokens"
+        )
+    check_exportable(model)
+    select_targets(model, recipe.targets, recipe.layers)
+    mlp_blocks(model, recipe.layers)
+    if recipe.model == "organism":
+        material = organism.material(seed, families=recipe.families, problems=recipe.problems)
+    else:
+        material = material_from_files(
+            tokenizer,
+            memorized=str(recipe.memorized),
+            reasoning=str(recipe.reasoning),
+            reference=recipe.reference or str(recipe.reasoning),
+            prefix_tokens=recipe.prefix_tokens,
+            suffix_tokens=recipe.suffix_tokens,
+            problems=recipe.problems,
+            seed=recipe.seed,
+        )
+    return Patient(model, tokenizer, material, model_sha256(model), dtype)
+
+
+def check(recipe: Recipe) -> None:
+    """Raise ValueError for settings that cannot be meant."""
+    from surgery.rankings import RANKINGS
+
+    rankings = {
+        "method": recipe.method,
+        "neurons": recipe.neurons,
+        **{f"controls {c}": c for c in recipe.controls},
+    }
+    for setting, name in rankings.items():
+        if name not in RANKINGS and not (setting == "method" and name == "none"):
+            raise ValueError(
+                f"{setting} {name!r} is unknown: expected one of {', '.join(RANKINGS)}"
+            )
+    for setting in ("keep_neurons", "keep_reasoning"):
+        if not 0 < getattr(recipe, setting) <= 1:
+            raise ValueError(
+                f"{setting} is {getattr(recipe, setting)}: expected a share above 0, at most 1"
+            )
+    for setting in (
+        "prefix_tokens",
+        "suffix_tokens",
+        "problems",
+        "width",
+        "batch_size",
+        "factor_tokens",
+        "candidates",
+    ):
+        if getattr(recipe, setting) < 1:
+            raise ValueError(f"{setting} is {getattr(recipe, setting)}: expected at least 1")
+
+
+def prepare_folder(recipe: Recipe) -> Path:
+    """The run folder with its `recipe.yaml`; a folder of another recipe is refused unless `update`
+    is set."""
+    import yaml
+
+    folder = Path(str(recipe.out))
+    file = folder / "recipe.yaml"
+    settings = {
+        k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(recipe).items()
+    }
+    del settings["update"]
+    if file.exists():
+        before = yaml.safe_load(file.read_text())
+        changed = (
+            [k for k in settings if before.get(k) != settings[k]]
+            if isinstance(before, dict)
+            else ["all"]
+        )
+        if changed and not recipe.update:
+            raise ValueError(
+                f"{folder} holds a run with other settings ({', '.join(changed)}): "
+                "choose another --out, or give "
+                "--update true to run again what depends on them"
+            )
+    elif folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} exists and is not a run folder: choose another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(yaml.safe_dump(settings, sort_keys=False))
+    os.replace(temporary, file)
+    return folder
+
+
+# The stages ---------------------------------------------------------------------------------------
+
+
+def operate_on(recipe: Recipe) -> int:
+    """load -> judge base -> factors -> strength -> cut -> shrink -> heal -> judge -> attack ->
+    controls -> export -> report."""
+    from curvature.stages import Stages, locked
+
+    started = time.perf_counter()
+    check(recipe)
+    patient = load(recipe)
+    folder = prepare_folder(recipe)
+    with locked(folder):
+        run = Run(recipe, patient, Stages(folder, announce), folder)
+        judge_stage(run, "base", patient.model)
+        spectrum_stage(run)
+        factors = factors_stage(run, "factors", patient.model)
+        strength_stage(run, factors)
+        dense = cut_stage(run, factors)
+        cost_stage(run)
+        judge_stage(run, "cut", dense)
+        small = shrink_stage(run, "shrink", dense, recipe.neurons)
+        judge_stage(run, "shrunk", small)
+        edited = heal_stage(run, "heal", small)
+        judge_stage(run, "edited", edited)
+        attack_stage(run, "base", patient.model)
+        attack_stage(run, "edited", edited)
+        for ranking in recipe.controls:
+            control = shrink_stage(run, f"control-{ranking}", patient.model, ranking)
+            judge_stage(run, f"control-{ranking}-unhealed", control, harness=False)
+            control = heal_stage(run, f"control-{ranking}-healed", control)
+            judge_stage(run, f"control-{ranking}", control, harness=False)
+            attack_stage(run, f"control-{ranking}", control)
+        speed_stage(run, edited)
+        samples_stage(run, edited)
+        verdict = conclude(run, edited, time.perf_counter() - started)
+    show(verdict, folder)
+    return 0
+
+
+def judge_stage(run: Run, arm: str, model: PreTrainedModel, *, harness: bool = True) -> None:
+    """Ask a model everything in the test split."""
+    from curvature.artifacts import model_sha256
+    from evals.judge import judge
+
+    r, test = run.recipe, run.patient.material.test
+    depends = {
+        "judged": model_sha256(model),
+        "test": test.sha256,
+        "width": r.width,
+        "harness": harness,
+    }
+
+    def compute(_: Path) -> Any:
+        judgement = judge(
+            model,
+            run.patient.tokenizer,
+            test,
+            batch_size=r.judge_batch_size,
+            harness=harness,
+            width=r.width,
+            progress=arm,
+        )
+        return judgement.to_json()
+
+    run.stages.run(f"judge-{arm}", depends, compute)
+
+
+def spectrum_stage(run: Run) -> None:
+    """PyHessian on the middle layer's down projection: top eigenvalues, trace and density."""
+    from curvature.populations import batches
+    from curvature.spectra import pyhessian_spectra
+    from curvature.targets import mlp_blocks
+
+    if not run.recipe.spectrum:
+        return
+    r, keep = run.recipe, run.patient.material.keep[0]
+
+    def compute(_: Path) -> Any:
+        blocks = mlp_blocks(run.patient.model)
+        stream = batches(
+            keep, run.patient.tokenizer, width=r.width, batch_size=8, tokens=None, seed=r.seed
+        )
+        spectra = pyhessian_spectra(
+            run.patient.model,
+            [next(stream)],
+            [blocks[len(blocks) // 2].down],
+            top=2,
+            trace_probes=8,
+            density_steps=20,
+            seed=r.seed,
+            progress="spectrum",
+        )
+        return {name: dataclasses.asdict(spectrum) for name, spectrum in spectra.items()}
+
+    run.stages.run("spectrum", {**run.source, "width": r.width, "seed": r.seed}, compute)
+
+
+def factors_stage(run: Run, name: str, model: PreTrainedModel) -> dict[str, dict[str, Factors]]:
+    """Kronecker factors of every target: sampled labels on what is kept, logit margins on what is
+    memorized."""
+    from curvature.artifacts import model_sha256
+    from curvature.eigenbases import eigenbases
+    from curvature.factors import collect_factors, load_factors, save_factors
+    from curvature.targets import select_targets
+
+    r, material = run.recipe, run.patient.material
+    settings = {
+        k: getattr(r, k)
+        for k in ("factor_tokens", "width", "batch_size", "seed", "targets", "layers")
+    }
+    depends = {**run.source, "measured": model_sha256(model), **settings}
+    populations = {p.name: p for p in material.keep}
+    populations |= {f"memorized/{p.name}": p for p in material.memorized}
+
+    def compute(folder: Path) -> Any:
+        targets = select_targets(model, r.targets, r.layers)
+        factors = {}
+        for key, population in populations.items():
+            factors[key] = collect_factors(
+                model,
+                run.patient.tokenizer,
+                population,
+                targets,
+                labels="margin" if population.role == "memorized" else "sampled",
+                tokens=r.factor_tokens,
+                width=r.width,
+                batch_size=r.batch_size,
+                seed=r.seed,
+                progress=f"{name}: {population.name}",
+            )
+            save_factors(
+                folder / f"{key}.safetensors", factors[key], {"population": population.sha256}
+            )
+        bases = eigenbases(kept_factors(factors))
+        spectra = {
+            n: {"A": spread(b.A.values.flip(0).tolist()), "G": spread(b.G.values.flip(0).tolist())}
+            for n, b in bases.items()
+        }
+        # fused over populations of one role: how much of the margin energy a layer holds
+        sides = {"keep": kept_factors(factors), "memorized": memorized_factors(factors)}
+        energy = {side: dict.fromkeys((t.layer for t in targets), 0.0) for side in sides}
+        for side, measured in sides.items():
+            for target in targets:
+                f = measured[target.name]
+                energy[side][target.layer] += float(f.A.trace() * f.G.trace())
+        ratio = {str(n): energy["memorized"][n] / energy["keep"][n] for n in energy["keep"]}
+        return {
+            "tokens": {
+                key: max(f.tokens for f in measured.values()) for key, measured in factors.items()
+            },
+            "eigenvalues": spectra,
+            "layers": {
+                "label": "margin energy of memories over curvature of kept text",
+                "values": ratio,
+            },
+        }
+
+    stage = run.stages.run(name, depends, compute)
+    return {key: load_factors(factors_file(stage.folder, key))[0] for key in populations}
+
+
+def factors_file(folder: Path, population: str) -> Path:
+    return folder / f"{population.replace('/', '-')}.safetensors"
+
+
+def kept_factors(factors: dict[str, dict[str, Factors]]) -> dict[str, Factors]:
+    """All kept populations as one, each weighing the same."""
+    from surgery.rankings import is_memorized
+    from surgery.rankings.base import mix_factors
+
+    return mix_factors({name: f for name, f in factors.items() if not is_memorized(name)})
+
+
+def memorized_factors(factors: dict[str, dict[str, Factors]]) -> dict[str, Factors]:
+    """All memorized populations as one, each weighing the same."""
+    from surgery.rankings import is_memorized
+    from surgery.rankings.base import mix_factors
+
+    return mix_factors({name: f for name, f in factors.items() if is_memorized(name)})
+
+
+def spread(values: list[float], points: int = 128) -> list[float]:
+    """At most `points` of a sorted list, evenly spread, ends included: enough to draw it."""
+    if len(values) <= points:
+        return values
+    return [values[round(k * (len(values) - 1) / (points - 1))] for k in range(points)]
+
+
+def plan_dense(
+    run: Run, factors: dict[str, dict[str, Factors]], method: str, strength: float
+) -> Plan:
+    """The plan of a dense edit of the patient."""
+    from curvature.targets import select_targets
+    from surgery.rankings import plan_surgery
+
+    r, model = run.recipe, run.patient.model
+    settings: dict[str, Any] = {"eps": r.eps} if method == "contrast" else {}
+    return plan_surgery(
+        model,
+        method,
+        factors,
+        strength=strength,
+        seed=r.seed,
+        targets=select_targets(model, r.targets, r.layers),
+        model_hash=run.patient.sha256,
+        **settings,
+    )
+
+
+def strength_stage(run: Run, factors: dict[str, dict[str, Factors]]) -> None:
+    """The strongest cut whose reasoning on the tune split stays above the goal, and the trade-off
+    of every candidate."""
+    import numpy as np
+    from tqdm import tqdm
+
+    from evals.judge import judge
+    from surgery.operate import operate
+    from surgery.rankings import RANKINGS
+
+    r, tune = run.recipe, run.patient.material.tune
+    methods = [m for m in dict.fromkeys((r.method, "kfac")) if m != "none"]
+    names = (
+        "method",
+        "strength",
+        "eps",
+        "keep_reasoning",
+        "candidates",
+        "judge_batch_size",
+        "width",
+    )
+    depends = {"factors": run.stages.done["factors"].fingerprint, "tune": tune.sha256}
+    depends |= {k: getattr(r, k) for k in names}
+
+    def figures(model: PreTrainedModel) -> dict[str, float | None]:
+        j = judge(
+            model,
+            run.patient.tokenizer,
+            tune,
+            batch_size=r.judge_batch_size,
+            harness=False,
+            width=r.width,
+        )
+        return {
+            "recall": j.recall(tune),
+            "reasoning": j.reasoning(tune),
+            "arithmetic": j.aside(tune),
+            "listed": j.knowledge(True),
+            "unlisted": j.knowledge(False),
+            "perplexity": j.perplexity,
+        }
+
+    def compute(_: Path) -> Any:
+        base = figures(run.patient.model)
+        grid = []
+        for method in methods:
+            ranking = RANKINGS[method]
+            low, high = ranking.span
+            space = np.geomspace if ranking.log else np.linspace
+            values = [float(v) for v in space(low, high, r.candidates)]
+            if method == r.method and r.strength is not None:
+                values = sorted({*values, r.strength})
+            grid += [(method, value) for value in values]
+        candidates = []
+        for method, value in tqdm(grid, desc="strength", leave=False):
+            edited = operate(
+                run.patient.model,
+                plan_dense(run, factors, method, value),
+                copy_model=True,
+                check=False,
+            )
+            candidates.append({"method": method, "strength": value, **figures(edited)})
+        goal = r.keep_reasoning * (base["reasoning"] or 0.0)
+        mine = [c for c in candidates if c["method"] == r.method]
+        fitting = [c for c in mine if (c["reasoning"] or 0.0) >= goal]
+        chosen = r.strength
+        if chosen is None and mine:
+            pool = fitting or [max(mine, key=lambda c: c["reasoning"] or 0.0)]
+            chosen = min(pool, key=lambda c: (c["recall"] or 0.0, -(c["reasoning"] or 0.0)))[
+                "strength"
+            ]
+        return {"base": base, "candidates": candidates, "chosen": chosen, "goal_met": bool(fitting)}
+
+    run.stages.run("strength", depends, compute)
+
+
+def cut_stage(run: Run, factors: dict[str, dict[str, Factors]]) -> PreTrainedModel:
+    """The dense edit at the chosen strength."""
+    from surgery.operate import operate
+    from surgery.plan import load_plan, save_plan
+
+    r = run.recipe
+    if r.method == "none":
+        return run.patient.model
+    strength = run.stages.done["strength"].value["chosen"]
+    depends = {
+        "factors": run.stages.done["factors"].fingerprint,
+        "method": r.method,
+        "strength": strength,
+        "eps": r.eps,
+    }
+
+    def compute(folder: Path) -> Any:
+        plan = plan_dense(run, factors, r.method, strength)
+        save_plan(plan, folder)
+        return {"strength": strength, "removed": plan.removed, "total": plan.total}
+
+    stage = run.stages.run("cut", depends, compute)
+    return operate(run.patient.model, load_plan(stage.folder), copy_model=True)
+
+
+def saved(model: PreTrainedModel, folder: Path) -> None:
+    model.save_pretrained(folder / "model")
+
+
+def reloaded(run: Run, stage: Stage) -> PreTrainedModel:
+    """A stage's model, always from its files: a run and its replay compute on the same bytes."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(stage.folder / "model", dtype="auto")
+    return model.to(run.patient.model.device).eval()
+
+
+def shrink_stage(run: Run, name: str, model: PreTrainedModel, ranking: str) -> PreTrainedModel:
+    """Take the lowest-ranked neurons out for good, and refit what stays on the kept populations."""
+    from curvature.artifacts import model_sha256
+    from evals.speed import count_parameters
+    from surgery.plan import save_plan
+    from surgery.rankings import RANKINGS, plan_surgery
+    from surgery.repair import refit
+    from surgery.shrink import shrink
+
+    r = run.recipe
+    if r.keep_neurons == 1:
+        return model
+    unedited = model_sha256(model) == run.patient.sha256
+    measured = "factors" if unedited else "factors-after-cut"
+    factors = factors_stage(run, measured, model)
+    names = ("keep_neurons", "multiple", "refit", "seed", "layers")
+    depends = {"factors": run.stages.done[measured].fingerprint, "ranking": ranking}
+    depends |= {k: getattr(r, k) for k in names}
+
+    def compute(folder: Path) -> Any:
+        settings = {
+            k: v for k, v in {"multiple": r.multiple}.items() if k in RANKINGS[ranking].settings
+        }
+        if "grain" in RANKINGS[ranking].settings:
+            settings["grain"] = "neurons"
+        plan = plan_surgery(
+            model, ranking, factors, strength=r.keep_neurons, seed=r.seed, **settings
+        )
+        save_plan(plan, folder)
+        small = shrink(model, plan)
+        left = refit(small, model, plan, kept_factors(factors)) if r.refit else {}
+        saved(small, folder)
+        return {
+            "removed": plan.removed,
+            "total": plan.total,
+            "parameters": count_parameters(small),
+            "output_error_left": left,
+        }
+
+    return reloaded(run, run.stages.run(name, depends, compute))
+
+
+def heal_stage(run: Run, name: str, model: PreTrainedModel) -> PreTrainedModel:
+    """A short fine-tune on fresh kept text, with a stated token budget."""
+    from curvature.artifacts import model_sha256
+    from surgery.heal import heal
+
+    r, population = run.recipe, run.patient.material.heal
+    if not r.heal_tokens or population is None:
+        return model
+    depends = {"start": model_sha256(model), "population": population.sha256}
+    depends |= {k: getattr(r, k) for k in ("heal_tokens", "heal_lr", "width", "batch_size", "seed")}
+
+    def compute(folder: Path) -> Any:
+        healing = heal(
+            model,
+            run.patient.tokenizer,
+            population,
+            tokens=r.heal_tokens,
+            lr=r.heal_lr,
+            batch_size=r.batch_size,
+            width=r.width,
+            seed=r.seed,
+            progress=name,
+        )
+        saved(model, folder)
+        return dataclasses.asdict(healing)
+
+    return reloaded(run, run.stages.run(name, depends, compute))
+
+
+def attack_stage(run: Run, arm: str, model: PreTrainedModel) -> None:
+    """Relearning: fine-tune a copy on the edit split's memories and see whether the held-out ones
+    come back."""
+    from curvature.artifacts import model_sha256
+    from evals.attacks import relearn
+
+    r, material = run.recipe, run.patient.material
+    if not r.attack_steps:
+        return
+    groups = {"held out": [(i.prompt, i.target) for i in material.test.headline()]}
+    never = [(i.prompt, i.target) for i in material.test.memories if i.exposure == 0 and i.targeted]
+    if never:
+        groups["never seen"] = never
+    depends = {"attacked": model_sha256(model), "material": material.sha256}
+    depends |= {k: getattr(r, k) for k in ("attack_steps", "attack_lr", "seed", "judge_batch_size")}
+
+    def compute(_: Path) -> Any:
+        curves = relearn(
+            model,
+            run.patient.tokenizer,
+            material.relearn,
+            groups,
+            arm=arm,
+            lrs=(r.attack_lr,),
+            steps=r.attack_steps,
+            every=max(1, r.attack_steps // 4),
+            judge_batch_size=r.judge_batch_size,
+            seed=r.seed,
+            progress=f"attack {arm}",
+        )
+        return [{**dataclasses.asdict(c), "area": c.area} for c in curves]
+
+    run.stages.run(f"attack-{arm}", depends, compute)
+
+
+def cost_stage(run: Run) -> None:
+    """What the dense edit was predicted to cost each population, beside what it did cost."""
+    from surgery.operate import operate
+    from surgery.plan import load_plan
+    from surgery.predict import plan_deltas, population_loss, predict_cost
+
+    r, material = run.recipe, run.patient.material
+    if r.method == "none":
+        return
+    cut = run.stages.done["cut"]
+    depends = {
+        "cut": cut.fingerprint,
+        **{k: getattr(r, k) for k in ("width", "batch_size", "seed", "cost_tokens")},
+    }
+
+    def compute(_: Path) -> Any:
+        plan, tokenizer = load_plan(cut.folder), run.patient.tokenizer
+        edited = operate(run.patient.model, plan, copy_model=True, check=False)
+        deltas = plan_deltas(run.patient.model, plan)
+        batching: dict[str, Any] = {
+            "tokens": r.cost_tokens,
+            "width": r.width,
+            "batch_size": r.batch_size,
+            "seed": r.seed,
+        }
+        rows = []
+        for population in (*material.keep, *material.memorized):
+            cost = predict_cost(run.patient.model, tokenizer, population, deltas, **batching)
+            before = population_loss(run.patient.model, tokenizer, population, **batching)
+            measured = population_loss(edited, tokenizer, population, **batching) - before
+            rows.append(
+                {
+                    "name": population.name,
+                    "first_order": cost.first,
+                    "second_order": cost.second,
+                    "predicted": cost.total,
+                    "measured": measured,
+                    "tokens": cost.tokens,
+                }
+            )
+        return rows
+
+    run.stages.run("cost", depends, compute)
+
+
+def speed_stage(run: Run, edited: PreTrainedModel) -> None:
+    """Tokens per second of both models, side by side."""
+    from curvature.artifacts import model_sha256
+    from evals.speed import compare_speed
+
+    def compute(_: Path) -> Any:
+        return dataclasses.asdict(compare_speed(run.patient.model, edited))
+
+    run.stages.run("speed", {**run.source, "edited": model_sha256(edited)}, compute)
+
+
+def samples_stage(run: Run, edited: PreTrainedModel) -> None:
+    """What both models say, for the reader: memories that the base recites, and one problem of each
+    task."""
+    from curvature.artifacts import model_sha256
+    from evals.generation import generate
+    from evals.judge import Judgement
+
+    test, tokenizer = run.patient.material.test, run.patient.tokenizer
+    base = Judgement.from_json(run.stages.done["judge-base"].value)
+    recited = [
+        i for i, s in zip(test.memories, base.memories, strict=True) if s.strict and i.targeted
+    ]
+    shown = [("memory", i.prompt, i.target) for i in recited[:3] + recited[-3:]]
+    shown += [(name, d[0].prompt, d[0].answer) for name, d in test.tasks.items() if d[0].prompt]
+
+    def compute(_: Path) -> Any:
+        lengths = [
+            len(tokenizer(target, add_special_tokens=False)["input_ids"]) for _, _, target in shown
+        ]
+        prompts = [prompt for _, prompt, _ in shown]
+        said = {
+            arm: [
+                tokenizer.decode(tries[0])
+                for tries in generate(model, tokenizer, prompts, new_tokens=lengths)
+            ]
+            for arm, model in (("base", run.patient.model), ("edited", edited))
+        }
+        return [
+            {"kind": kind, "prompt": prompt, "target": target, "base": before, "edited": after}
+            for (kind, prompt, target), before, after in zip(
+                shown, said["base"], said["edited"], strict=True
+            )
+        ]
+
+    depends = {
+        **run.source,
+        "edited": model_sha256(edited),
+        "base": run.stages.done["judge-base"].fingerprint,
+    }
+    run.stages.run("samples", depends, compute)
+
+
+# The result ---------------------------------------------------------------------------------------
+
+
+def export_checkpoint(run: Run, edited: PreTrainedModel, verdict: Verdict) -> dict[str, int]:
+    """`checkpoint/`: an ordinary Hugging Face folder, loaded back and compared before it stands."""
+    from evals.card import model_card
+    from surgery.export import export
+
+    card = model_card(run.recipe.model, verdict)
+    return export(
+        edited,
+        run.patient.tokenizer,
+        run.folder / "checkpoint",
+        card,
+        dtype=run.patient.dtype,
+        overwrite=True,
+    )
+
+
+def conclude(run: Run, edited: PreTrainedModel, seconds: float) -> Verdict:
+    """Verdict, checkpoint, `results.json` and report from the finished stages."""
+    from curvature.stages import peak_memory
+    from evals.attacks import Curve
+    from evals.judge import Judgement
+    from evals.report import write_report
+    from evals.speed import Speed
+    from evals.verdict import (
+        Control,
+        judgement_section,
+        reach_verdict,
+        reasoning_share,
+        recall_share,
+        relearned_share,
+        write_results,
+    )
+
+    r, done, test = run.recipe, run.stages.done, run.patient.material.test
+    judged = {
+        name[6:]: Judgement.from_json(stage.value)
+        for name, stage in done.items()
+        if name.startswith("judge-")
+    }
+    curves = {
+        name[7:]: [Curve(**{k: v for k, v in c.items() if k != "area"}) for c in stage.value]
+        for name, stage in done.items()
+        if name.startswith("attack-")
+    }
+    speed = Speed(**done["speed"].value)
+    base, final = judged["base"], judged["edited"]
+
+    def value(interval: Any) -> float | None:
+        return None if interval is None else interval.value
+
+    controls = []
+    for name in r.controls:
+        healed, unhealed = judged[f"control-{name}"], judged[f"control-{name}-unhealed"]
+        controls.append(
+            Control(
+                name,
+                value(recall_share(test, base, healed)),
+                value(reasoning_share(test, base, healed)),
+                done[f"control-{name}"].value["parameters"] / speed.parameters_base,
+                value(relearned_share(test, base, curves.get(f"control-{name}", []), "held out")),
+                value(reasoning_share(test, base, unhealed)),
+                healed.perplexity / base.perplexity,
+            )
+        )
+    written = {"bytes": run.stored_bytes(edited), "base": run.stored_bytes(run.patient.model)}
+    verdict = reach_verdict(
+        test,
+        base,
+        final,
+        before_healing=judged["shrunk"],
+        curves=curves.get("edited", []),
+        speed=speed,
+        bytes_base=written["base"],
+        bytes_edited=written["bytes"],
+        controls=controls,
+        seconds_total=sum(stage.seconds for stage in done.values() if stage.reused) + seconds,
+        peak_memory_bytes=max(peak_memory(), *(stage.peak_memory for stage in done.values())),
+    )
+    exported = export_checkpoint(run, edited, verdict)
+    record = write_results(
+        run.folder / "results.json",
+        verdict,
+        recipe=dataclasses.asdict(r),
+        provenance=provenance(run),
+        judgement=judgement_section(test, base, final),
+        arms={
+            name: {
+                "recall": j.recall(test),
+                "reasoning": j.reasoning(test),
+                "arithmetic": j.aside(test),
+                "listed": j.knowledge(True),
+                "unlisted": j.knowledge(False),
+                "perplexity": j.perplexity,
+            }
+            for name, j in judged.items()
+        },
+        attacks=[
+            c for name, stage in done.items() if name.startswith("attack-") for c in stage.value
+        ],
+        curvature=done["factors"].value["eigenvalues"],
+        layers=done["factors"].value["layers"],
+        spectrum=done["spectrum"].value if "spectrum" in done else {},
+        strength=done["strength"].value,
+        cost=done["cost"].value if "cost" in done else [],
+        speed=done["speed"].value,
+        samples=done["samples"].value,
+        checkpoint=exported,
+        stages={
+            name: {"seconds": s.seconds, "peak_memory": s.peak_memory, "reused": s.reused}
+            for name, s in done.items()
+        },
+    )
+    write_samples(run)
+    write_report(run.folder, record)
+    return verdict
+
+
+def write_samples(run: Run) -> None:
+    """`samples/`: the per-item records behind each number."""
+    from curvature.artifacts import write_json
+
+    for name, stage in run.stages.done.items():
+        if name.startswith("judge-"):
+            write_json(run.folder / "samples" / f"{name[6:]}.json", stage.value)
+
+
+def provenance(run: Run) -> dict[str, Any]:
+    """Versions, hashes and the machine, to be written with every result."""
+    import platform
+    from importlib.metadata import version
+
+    import torch
+
+    from curvature.stages import code_sha256
+
+    m = run.patient.material
+    return {
+        "lethe": version("lethe"),
+        "code_sha256": code_sha256(),
+        "model_sha256": run.patient.sha256,
+        "populations": {
+            p.name: {
+                "role": p.role,
+                "sha256": p.sha256,
+                "documents": len(p.documents),
+                "source": p.source,
+            }
+            for p in (*m.memorized, *m.keep, m.relearn, m.heal)
+        },
+        "test_sha256": m.test.sha256,
+        "tune_sha256": m.tune.sha256,
+        "versions": {
+            p: version(p)
+            for p in ("torch", "transformers", "lm-eval", "pyhessian", "numpy", "datasets")
+        },
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {run.patient.model.device.type}",
+        "threads": torch.get_num_threads(),
+    }
+
+
+def show(verdict: Verdict, folder: Path) -> None:
+    """The four answers and where the report lies: the last lines on the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from evals.verdict import answers
+
+    console = Console(soft_wrap=not sys.stdout.isatty())
+    table = Table(show_header=False, box=None, padding=(0, 2, 1, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for question, answer in answers(verdict):
+        table.add_row(question, answer)
+    console.print(table)
+    console.print(
+        f"report      {folder / 'report.md'}\ncheckpoint  {folder / 'checkpoint'}", highlight=False
+    )
+
+
+def announce(name: str, reused: bool) -> None:
+    """One line per stage."""
+    print(f"{'found  ' if reused else 'running'} {name}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
