@@ -31,6 +31,8 @@ SHORTHANDS: dict[str, tuple[str, ...]] = {
 _SHARED_INPUT = {name: "gate_up" for name in (*GATE, "up_proj", "w3", "wi_1")} | {
     name: "qkv" for name in ("q_proj", "k_proj", "v_proj")
 }
+_NEVER_CALLED = ("dt_proj",)
+"""Matrices whose weight the model reads without calling the module (Mamba): no hook sees them."""
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 Kind = Literal["linear", "conv1d"]
@@ -127,10 +129,12 @@ def layer_of(name: str) -> int:
 
 def _matches(pattern: str, name: str) -> bool:
     parts = name.split(".")
+    if pattern in ("all", *SHORTHANDS) and (layer_of(name) < 0 or parts[-1] in _NEVER_CALLED):
+        return False
     if pattern == "all":
-        return layer_of(name) >= 0
+        return True
     if pattern in SHORTHANDS:
-        return layer_of(name) >= 0 and any(part in SHORTHANDS[pattern] for part in parts)
+        return any(part in SHORTHANDS[pattern] for part in parts)
     if re.fullmatch(r"[\w.]+", pattern):
         dotted = f".{name}"
         return dotted.endswith(f".{pattern}") or f".{pattern}." in dotted

@@ -1,0 +1,84 @@
+"""Slow and obvious references: dense matrices by autograd, factors token by token."""
+
+import torch
+from torch.nn import functional as F
+
+from curvature.forward import label_noise
+
+
+def total_loss(model, batches, labels="gold", seed=0):
+    """Sum of the loss (or margin) over scored tokens, one graph, float of the model's precision."""
+    total, row = 0.0, 0
+    for batch in batches:
+        logits = model(input_ids=batch.ids, attention_mask=batch.mask).logits
+        noise = label_noise(seed, row, *batch.ids.shape)
+        row += len(batch.ids)
+        for r in range(len(batch.ids)):
+            for t in range(batch.ids.shape[1] - 1):
+                if not batch.scored[r, t + 1]:
+                    continue
+                z, y = logits[r, t], batch.ids[r, t + 1]
+                if labels == "margin":
+                    rivals = torch.cat((z[:y], z[y + 1 :]))
+                    total = total + z[y] - rivals.max()
+                    continue
+                if labels == "sampled":
+                    steps = z.detach().double().softmax(-1).cumsum(-1)
+                    y = int((steps < noise[r, t] * steps[-1]).sum())
+                total = total + F.cross_entropy(z[None], torch.tensor([int(y)]), reduction="sum")
+    return total
+
+
+def token_pairs(model, batches, target, labels="gold", seed=0):
+    """(a, g) [n, d_in], [n, d_out] of a target over every counted token, taken with plain hooks."""
+    inputs, outputs = [], []
+
+    def hook(module, args, output):
+        output.retain_grad()
+        inputs.append(args[0].detach())
+        outputs.append(output)
+
+    handle = target.module.register_forward_hook(hook)
+    total_loss(model, batches, labels, seed).backward()
+    handle.remove()
+    a, g = [], []
+    for batch, x, y in zip(batches, inputs, outputs, strict=True):
+        for r in range(len(batch.ids)):
+            scored = [t for t in range(batch.ids.shape[1]) if batch.scored[r, t]]
+            for t in range(max(scored, default=0)):
+                if batch.mask[r, t]:
+                    a.append(x[r, t])
+                    g.append(y.grad[r, t])
+    model.zero_grad()
+    return torch.stack(a), torch.stack(g)
+
+
+def dense_hessian(model, batches, weights):
+    """Hessian of the mean loss per scored token, [n, n]."""
+    count = sum(int(b.scored[:, 1:].sum()) for b in batches)
+    gradients = torch.autograd.grad(total_loss(model, batches) / count, weights, create_graph=True)
+    flat = torch.cat([g.flatten() for g in gradients])
+    rows = [torch.autograd.grad(x, weights, retain_graph=True) for x in flat]
+    return torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+
+
+def dense_ggn(model, batches, weights):
+    """Gauss-Newton sum_n J_n^T (diag(p) - p p^T) J_n / tokens, [n, n]."""
+    count, total = 0, 0.0
+    for batch in batches:
+        logits = model(input_ids=batch.ids, attention_mask=batch.mask).logits
+        for r in range(len(batch.ids)):
+            for t in range(batch.ids.shape[1] - 1):
+                if not batch.scored[r, t + 1]:
+                    continue
+                z = logits[r, t]
+                rows = [torch.autograd.grad(x, weights, retain_graph=True) for x in z]
+                J = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+                p = z.detach().softmax(-1)
+                total = total + J.T @ ((torch.diag(p) - p[:, None] * p) @ J)
+                count += 1
+    return total / count
+
+
+def relative(found, expected):
+    return float((found.double() - expected.double()).norm() / expected.double().norm())

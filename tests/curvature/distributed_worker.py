@@ -1,0 +1,65 @@
+"""One process of the distributed test: factors, eigenbases, Fisher and a product of its share of
+the stream."""
+
+import sys
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from curvature.diagonals import fisher_diagonal
+from curvature.eigenbases import eigenbases
+from curvature.factors import collect_factors
+from curvature.hutchinson import rademacher
+from curvature.hvp import curvature_product
+from curvature.populations import Population, batches
+from curvature.targets import select_targets
+from evals.organism import world
+from evals.organism.tokenizer import build_tokenizer
+
+
+def main(out: str, documents: int) -> None:
+    torch.set_num_threads(1)
+    tokenizer = build_tokenizer()
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            tie_word_embeddings=False,
+        )
+    ).eval()
+    rng = world.stream(0, "distributed")
+    population = Population("p", "reference", tuple(world.language(rng) for _ in range(documents)))
+    targets = select_targets(model)
+    settings = {"tokens": None, "width": 48, "batch_size": 2}
+    factors = collect_factors(model, tokenizer, population, targets, **settings)
+    bases = eigenbases(factors)
+    fisher = fisher_diagonal(model, tokenizer, population, targets, **settings)
+    rows = list(batches(population, tokenizer, width=48, batch_size=2))
+    weights = [targets[-1].parameter]
+    with curvature_product(model, rows, weights, method="double") as product:
+        (hv,) = product(rademacher(weights, torch.Generator().manual_seed(0)))
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    tensors = {"batches": torch.tensor(len(rows)), "hv": hv.contiguous()}
+    for name, f in factors.items():
+        tensors |= {
+            f"{name}.{k}": getattr(f, k).clone() for k in ("A", "G", "A_coupled", "G_coupled")
+        }
+        tensors[f"{name}.tokens"] = torch.tensor(f.tokens)
+        tensors[f"{name}.fisher"] = fisher[name]
+        tensors[f"{name}.values"] = bases[name].G.values.clone()
+    save_file({k: v.contiguous() for k, v in tensors.items()}, f"{out}.{rank}")
+
+
+if __name__ == "__main__":
+    if dist.is_torchelastic_launched():
+        dist.init_process_group("gloo")
+    main(sys.argv[1], int(sys.argv[2]))
+    if dist.is_initialized():
+        dist.destroy_process_group()

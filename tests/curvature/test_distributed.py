@@ -1,0 +1,46 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from curvature_reference import relative
+from safetensors.torch import load_file
+
+HERE = Path(__file__).parent
+WORKER = str(HERE / "distributed_worker.py")
+
+
+def launch(arguments):
+    paths = [str(HERE), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("documents", [18])
+def test_two_processes_with_uneven_shards_equal_one(tmp_path, documents):
+    launch([sys.executable, WORKER, str(tmp_path / "one"), str(documents)])
+    launch(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node=2",
+            WORKER,
+            str(tmp_path / "two"),
+            str(documents),
+        ]
+    )
+    one = load_file(tmp_path / "one.0")
+    assert int(one["batches"]) % 2 == 1, "the shards are not uneven"
+    for rank in (0, 1):
+        two = load_file(tmp_path / f"two.{rank}")
+        assert set(one) == set(two)
+        for key, expected in one.items():
+            if key.endswith("tokens"):
+                assert torch.equal(two[key], expected)
+            else:
+                assert relative(two[key], expected) < 1e-6, key

@@ -1,0 +1,87 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from curvature.eigenbases import eigenbases, eigh, load_eigenbases, save_eigenbases
+from curvature.factors import Factors
+
+
+def random_psd(n, rank, seed=0, dtype=torch.float32):
+    x = torch.randn(n, rank, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return (x @ x.T).to(dtype)
+
+
+@given(n=st.integers(1, 60), rank=st.integers(1, 60), scale=st.floats(1e-12, 1e12))
+@settings(max_examples=30, deadline=None)
+def test_eigh_reconstructs_low_rank_and_any_scale(n, rank, scale):
+    M = random_psd(n, min(n, rank)) * scale
+    basis = eigh(M)
+    assert (basis.values >= 0).all()
+    assert (basis.values.diff() >= 0).all()
+    back = basis.vectors * basis.values @ basis.vectors.T
+    assert float((back - M).norm()) <= 1e-4 * float(M.norm())
+    assert torch.allclose(basis.vectors.T @ basis.vectors, torch.eye(n), atol=1e-4)
+
+
+def test_eigh_falls_back_to_float64(monkeypatch):
+    real, tried = torch.linalg.eigh, []
+
+    def failing(matrix):
+        tried.append(matrix.dtype)
+        if matrix.dtype == torch.float32:
+            raise torch.linalg.LinAlgError("did not converge")
+        return real(matrix)
+
+    monkeypatch.setattr(torch.linalg, "eigh", failing)
+    M = random_psd(12, 3)
+    basis = eigh(M)
+    assert tried == [torch.float32, torch.float64]
+    assert basis.values.dtype == torch.float32
+    assert torch.allclose(basis.vectors * basis.values @ basis.vectors.T, M, atol=1e-4)
+
+
+def test_a_wrong_answer_is_caught_by_its_residual(monkeypatch):
+    real, tried = torch.linalg.eigh, []
+
+    def wrong(matrix):
+        tried.append(matrix.dtype)
+        values, vectors = real(matrix)
+        return (values, vectors.roll(1, 1)) if matrix.dtype == torch.float32 else (values, vectors)
+
+    monkeypatch.setattr(torch.linalg, "eigh", wrong)
+    M = random_psd(12, 12)
+    basis = eigh(M)
+    assert tried[-1] == torch.float64
+    assert torch.allclose(basis.vectors * basis.values @ basis.vectors.T, M, atol=1e-3)
+
+
+def test_bad_matrices_are_named():
+    with pytest.raises(ValueError, match="factor A of x is not finite"):
+        eigh(torch.full((2, 2), float("nan")), "factor A of x")
+    with pytest.raises(ValueError, match="square"):
+        eigh(torch.zeros(2, 3))
+    with pytest.raises(ValueError, match="not positive semi-definite"):
+        eigh(torch.diag(torch.tensor([1.0, -0.5])))
+    slightly = eigh(torch.diag(torch.tensor([1.0, -1e-6])))
+    assert slightly.values.tolist() == [0.0, 1.0]
+    assert eigh(torch.zeros(3, 3)).values.tolist() == [0, 0, 0]
+
+
+def test_shared_factors_are_decomposed_once_and_saved_once(tmp_path, monkeypatch):
+    A = random_psd(8, 8)
+    factors = {
+        "up": Factors(A, random_psd(5, 5, 1), None, None, 10),
+        "gate": Factors(A, random_psd(5, 5, 2), None, None, 10),
+    }
+    bases = eigenbases(factors)
+    assert bases["up"].A is bases["gate"].A
+    save_eigenbases(tmp_path / "e.safetensors", bases, {"fingerprint": "f"})
+    loaded, metadata = load_eigenbases(tmp_path / "e.safetensors")
+    assert metadata == {"fingerprint": "f"}
+    assert loaded["up"].A is loaded["gate"].A
+    for name in bases:
+        assert torch.equal(loaded[name].G.vectors, bases[name].G.vectors)
+        assert torch.equal(loaded[name].A.values, bases[name].A.values)
+    with pytest.raises(ValueError, match="coupled factors were not collected"):
+        eigenbases(factors, coupled=True)

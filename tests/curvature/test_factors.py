@@ -1,0 +1,343 @@
+import copy
+
+import pytest
+import torch
+from curvature_reference import relative, token_pairs
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import curvature.factors as factors_module
+from curvature.artifacts import write_tensors
+from curvature.diagonals import factor_diagonals, fisher_diagonal, neuron_curvature
+from curvature.eigenbases import eigenbases
+from curvature.factors import add_gram_, collect_factors, fill_lower_, load_factors, save_factors
+from curvature.populations import Batch, Document, Population, batches
+from curvature.targets import mlp_blocks, select_targets
+
+ALL = ("llama", "olmo2", "olmo3", "qwen3", "gemma3_text", "mistral", "gpt2", "gpt_neox", "mamba")
+WIDTH = 40
+
+
+def settings_for(**overrides):
+    return {"tokens": None, "width": WIDTH, "batch_size": 3, "seed": 0, **overrides}
+
+
+@pytest.mark.parametrize("labels", ["gold", "sampled", "margin"])
+@pytest.mark.parametrize("architecture", ALL)
+def test_factors_equal_plain_hooks_in_float64(
+    make_model, double, tokenizer, population, architecture, labels
+):
+    model = make_model(architecture)
+    patterns = ["mixer"] if architecture == "mamba" else ["mlp", "attention"]
+    targets = select_targets(model, patterns)
+    found = collect_factors(model, tokenizer, population, targets, labels=labels, **settings_for())
+    twin = model if architecture == "mamba" else double(model)
+    rows = list(batches(population, tokenizer, width=WIDTH, batch_size=3))
+    assert any((b.mask == 0).any() for b in rows)
+    if architecture == "mamba":
+        twin = copy.deepcopy(model).double()
+    for target in (targets[0], targets[len(targets) // 2], targets[-1]):
+        (reference_target,) = [t for t in select_targets(twin, patterns) if t.name == target.name]
+        a, g = token_pairs(twin, rows, reference_target, labels)
+        f = found[target.name]
+        n = len(a)
+        assert f.tokens == n
+        norms_a, norms_g = a.norm(dim=1, keepdim=True), g.norm(dim=1, keepdim=True)
+        assert relative(f.A, a.T @ a / n) < 1e-5
+        assert relative(f.G, g.T @ g / n) < 1e-5
+        assert relative(f.A_coupled, (a * norms_g).T @ (a * norms_g) / n) < 1e-5
+        assert relative(f.G_coupled, (g * norms_a).T @ (g * norms_a) / n) < 1e-5
+
+
+def test_gate_and_up_hold_one_A(tiny_llama, tokenizer, population):
+    targets = select_targets(tiny_llama)
+    found = collect_factors(tiny_llama, tokenizer, population, targets, **settings_for())
+    gate, up, down, *_ = (found[t.name] for t in targets)
+    assert gate.A is up.A
+    assert gate.A is not down.A
+    assert gate.A_coupled is not up.A_coupled
+    alone = collect_factors(tiny_llama, tokenizer, population, [targets[1]], **settings_for())
+    assert relative(alone[targets[1].name].A, up.A) < 1e-6
+    assert relative(alone[targets[1].name].G, up.G) < 1e-5
+
+
+def test_factors_do_not_depend_on_batch_size(tiny_llama, tokenizer, population):
+    targets = select_targets(tiny_llama)
+    one, many = (
+        collect_factors(tiny_llama, tokenizer, population, targets, **settings_for(batch_size=n))
+        for n in (1, 5)
+    )
+    for name in one:
+        assert one[name].tokens == many[name].tokens
+        for key in ("A", "G", "A_coupled", "G_coupled"):
+            assert relative(getattr(one[name], key), getattr(many[name], key)) < 1e-5
+
+
+def test_factors_do_not_depend_on_padding(tiny_llama, tokenizer, population, monkeypatch):
+    import curvature.capture as capture
+
+    targets = select_targets(tiny_llama)
+    plain = collect_factors(tiny_llama, tokenizer, population, targets, **settings_for())
+    padded_batches = []
+    for b in batches(population, tokenizer, width=WIDTH, batch_size=3):
+        extra = torch.zeros(len(b.ids), 17, dtype=torch.long)
+        ids, mask = torch.cat((b.ids, extra + 5), 1), torch.cat((b.mask, extra), 1)
+        padded_batches.append(Batch(ids, mask, torch.cat((b.scored, extra.bool()), 1)))
+    monkeypatch.setattr(capture, "batches", lambda *_, **__: iter(padded_batches))
+    padded = collect_factors(tiny_llama, tokenizer, population, targets, **settings_for())
+    for name in plain:
+        assert plain[name].tokens == padded[name].tokens
+        assert relative(padded[name].A, plain[name].A) < 1e-6
+        assert relative(padded[name].G, plain[name].G) < 1e-5
+
+
+def test_factors_do_not_depend_on_checkpointing(tiny_llama, tokenizer, population):
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    targets = select_targets(tiny_llama, ["mlp", "attention"])
+    plain = collect_factors(tiny_llama, tokenizer, population, targets, **settings_for())
+    tiny_llama.gradient_checkpointing_enable({"use_reentrant": False})
+    calls = []
+
+    class Always:
+        def __get__(self, *_):
+            return True
+
+        def __set__(self, *_):
+            pass
+
+    layer_class = type(tiny_llama.model.layers[0])
+    assert issubclass(layer_class, GradientCheckpointingLayer)
+    forced = type("Forced", (layer_class,), {"training": Always()})
+    for layer in tiny_llama.model.layers:
+        layer.__class__ = forced
+        layer.register_forward_pre_hook(lambda *_: calls.append(1))
+    checkpointed = collect_factors(tiny_llama, tokenizer, population, targets, **settings_for())
+    rows = len(list(batches(population, tokenizer, width=WIDTH, batch_size=3)))
+    assert len(calls) > 2 * rows + 2, "checkpointing did not run any layer twice"
+    for name in plain:
+        assert plain[name].tokens == checkpointed[name].tokens
+        assert relative(checkpointed[name].A, plain[name].A) < 1e-6
+        assert relative(checkpointed[name].G, plain[name].G) < 1e-6
+
+
+def test_chunked_logits_change_nothing(tiny_llama, tokenizer, population, monkeypatch):
+    import curvature.forward as forward
+
+    targets = select_targets(tiny_llama)
+    whole = collect_factors(tiny_llama, tokenizer, population, targets, **settings_for())
+    monkeypatch.setattr(forward, "CHUNK", 1000)
+    chunked = collect_factors(tiny_llama, tokenizer, population, targets, **settings_for())
+    for name in whole:
+        assert relative(chunked[name].G, whole[name].G) < 1e-5
+
+
+def test_the_model_is_left_exactly_as_it_was(tiny_llama, tokenizer, population):
+    tiny_llama.train()
+    tiny_llama.model.layers[0].eval()
+    tiny_llama.model.norm.weight.requires_grad_(False)
+    tiny_llama.lm_head.weight.grad = torch.ones_like(tiny_llama.lm_head.weight)
+    modes = [m.training for m in tiny_llama.modules()]
+    required = [p.requires_grad for p in tiny_llama.parameters()]
+    weights = copy.deepcopy(tiny_llama.state_dict())
+    targets = select_targets(tiny_llama)
+    collect_factors(tiny_llama, tokenizer, population, targets, **settings_for())
+    with pytest.raises(ValueError, match="unknown labels"):
+        collect_factors(tiny_llama, tokenizer, population, targets, labels="none", **settings_for())
+    assert modes == [m.training for m in tiny_llama.modules()]
+    assert required == [p.requires_grad for p in tiny_llama.parameters()]
+    assert all(torch.equal(weights[k], v) for k, v in tiny_llama.state_dict().items())
+    assert all(not m._forward_hooks for m in tiny_llama.modules())
+    grads = [n for n, p in tiny_llama.named_parameters() if p.grad is not None]
+    assert grads == ["lm_head.weight"]
+    assert (tiny_llama.lm_head.weight.grad == 1).all()
+
+
+def test_factors_agree_with_curvlinops(make_model, tokenizer, population):
+    """Its K-FAC sees one unpadded row at a time, so that padding and masks are judged by a program
+    that has none."""
+    curvlinops = pytest.importorskip("curvlinops")
+    from torch import nn
+
+    model = make_model("llama")
+    targets = select_targets(model)
+    found = collect_factors(
+        model, tokenizer, population, targets, labels="gold", **settings_for(batch_size=4)
+    )
+
+    class Logits(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids):
+            return self.model(input_ids=ids, use_cache=False).logits.flatten(0, 1)
+
+    sums, count = {}, 0
+    for batch in batches(population, tokenizer, width=WIDTH, batch_size=4):
+        for ids, scored in zip(batch.ids, batch.scored, strict=True):
+            n = int(scored.nonzero().max())
+            labels = torch.where(scored[1 : n + 1], ids[1 : n + 1], -100)
+            count += n
+            operator = curvlinops.KFACLinearOperator(
+                Logits(),
+                nn.CrossEntropyLoss(reduction="sum", ignore_index=-100),
+                [t.parameter for t in targets],
+                [(ids[None, :n], labels)],
+                fisher_type="empirical",
+                check_deterministic=False,
+                num_per_example_loss_terms=n,
+            )
+            operator.compute_kronecker_factors()
+            for target in targets:
+                name = f"model.{target.name}"
+                sums[target.name, "A"] = (
+                    sums.get((target.name, "A"), 0) + n * operator._input_covariances[name]
+                )
+                sums[target.name, "G"] = (
+                    sums.get((target.name, "G"), 0) + operator._gradient_covariances[name]
+                )
+    for target in targets:
+        assert found[target.name].tokens == count
+        assert relative(found[target.name].A, sums[target.name, "A"] / count) < 1e-5
+        assert relative(found[target.name].G, sums[target.name, "G"] / count) < 1e-5
+
+
+def test_fisher_and_ekfac_equal_token_sums(make_model, double, tokenizer, population):
+    for architecture in ("llama", "gpt2"):
+        model = make_model(architecture)
+        targets = select_targets(model, ["mlp"])
+        found = collect_factors(model, tokenizer, population, targets, **settings_for())
+        bases = eigenbases(found)
+        fisher = fisher_diagonal(model, tokenizer, population, targets, **settings_for())
+        corrected = fisher_diagonal(
+            model, tokenizer, population, targets, bases=bases, **settings_for()
+        )
+        cheap = factor_diagonals(model, tokenizer, population, targets, **settings_for())
+        twin = double(model)
+        rows = list(batches(population, tokenizer, width=WIDTH, batch_size=3))
+        for target, other in zip(targets, select_targets(twin, ["mlp"]), strict=True):
+            a, g = token_pairs(twin, rows, other, "sampled")
+            expected = (g**2).T @ a**2 / len(a)
+            assert relative(fisher[target.name], expected) < 1e-5
+            basis = bases[target.name]
+            rotated_a, rotated_g = a @ basis.A.vectors.double(), g @ basis.G.vectors.double()
+            assert relative(corrected[target.name], (rotated_g**2).T @ rotated_a**2 / len(a)) < 1e-5
+            f, d = found[target.name], cheap[target.name]
+            # The coupled factors' diagonals are the marginals of the corrected curvature.
+            rows_of = (basis.G.vectors.T @ f.G_coupled @ basis.G.vectors).diagonal()
+            assert relative(rows_of, corrected[target.name].sum(1)) < 1e-4
+            columns_of = (basis.A.vectors.T @ f.A_coupled @ basis.A.vectors).diagonal()
+            assert relative(columns_of, corrected[target.name].sum(0)) < 1e-4
+            assert relative(d.A, f.A.diagonal()) < 1e-5
+            assert relative(d.G, f.G.diagonal()) < 1e-5
+            assert relative(d.A_coupled, expected.sum(0)) < 1e-5
+            assert relative(d.G_coupled, expected.sum(1)) < 1e-5
+        for block in mlp_blocks(model):
+            total = sum(fisher[t.name].sum(1) for t in block.targets[:-1])
+            total = total + fisher[block.down.name].sum(0)
+            assert relative(neuron_curvature([block], cheap)[block.layer], total) < 1e-5
+
+
+def test_missing_basis_is_named(tiny_llama, tokenizer, population):
+    targets = select_targets(tiny_llama)
+    with pytest.raises(ValueError, match=r"no eigenbasis for model\.layers\.0"):
+        fisher_diagonal(tiny_llama, tokenizer, population, targets, bases={}, **settings_for())
+
+
+@given(n=st.integers(1, 40), d=st.integers(1, 300), leaf=st.sampled_from([16, 64, 512]))
+@settings(max_examples=40, deadline=None)
+def test_block_triangular_product_is_the_product(n, d, leaf):
+    x = torch.randn(n, d, generator=torch.Generator().manual_seed(n * 1000 + d))
+    before, factors_module.LEAF = factors_module.LEAF, max(leaf, 64)
+    try:
+        total = torch.zeros(d, d)
+        add_gram_(total, x)
+        add_gram_(total, 2 * x)
+    finally:
+        factors_module.LEAF = before
+    assert torch.allclose(fill_lower_(total), 5 * x.T @ x, rtol=1e-4, atol=1e-4)
+
+
+def test_saved_factors_come_back_and_share(tiny_llama, tokenizer, population, tmp_path):
+    targets = select_targets(tiny_llama)
+    found = collect_factors(tiny_llama, tokenizer, population, targets, **settings_for())
+    save_factors(tmp_path / "f.safetensors", found, {"fingerprint": "abc"})
+    loaded, metadata = load_factors(tmp_path / "f.safetensors")
+    assert metadata == {"fingerprint": "abc"}
+    assert list(loaded) == list(found)
+    for name in found:
+        assert loaded[name].tokens == found[name].tokens
+        for key in ("A", "G", "A_coupled", "G_coupled"):
+            assert torch.equal(getattr(loaded[name], key), getattr(found[name], key))
+    assert loaded[targets[0].name].A is loaded[targets[1].name].A
+    write_tensors(tmp_path / "other.safetensors", {"x": torch.zeros(1)}, {})
+    with pytest.raises(ValueError, match="does not hold factors"):
+        load_factors(tmp_path / "other.safetensors")
+
+
+def test_broken_weights_name_the_target_and_the_batch(tiny_llama, tokenizer, population):
+    targets = select_targets(tiny_llama)
+    with torch.no_grad():
+        tiny_llama.lm_head.weight[3, 3] = float("nan")
+    with pytest.raises(ValueError, match="non-finite logits in batch 0 of population 'mixed'"):
+        collect_factors(tiny_llama, tokenizer, population, targets, **settings_for())
+
+
+def test_an_overflowing_gradient_names_the_target(tiny_llama, tokenizer, population):
+    targets = select_targets(tiny_llama)
+
+    def explode(module, grad_input, grad_output):
+        return tuple(g * float("inf") for g in grad_input)
+
+    tiny_llama.model.layers[1].mlp.register_full_backward_hook(explode)
+    with pytest.raises(
+        ValueError, match=r"model\.layers\.0\.mlp\.\w+: inputs or gradients are not"
+    ):
+        collect_factors(tiny_llama, tokenizer, population, targets, **settings_for())
+
+
+def test_a_target_that_never_runs_is_named(tiny_llama, tokenizer, population):
+    tiny_llama.model.layers[1].mlp.unused = torch.nn.Linear(16, 16)
+    targets = select_targets(tiny_llama, ["unused", "down_proj"])
+    with pytest.raises(ValueError, match="unused was never run"):
+        collect_factors(tiny_llama, tokenizer, population, targets, **settings_for())
+    with pytest.raises(ValueError, match="no targets"):
+        collect_factors(tiny_llama, tokenizer, population, [], **settings_for())
+
+
+def test_out_of_memory_names_the_setting(tiny_llama, tokenizer, population):
+    def exhausted(*_):
+        raise torch.OutOfMemoryError("out of memory")
+
+    tiny_llama.model.layers[0].register_forward_pre_hook(exhausted)
+    with pytest.raises(ValueError, match="lower batch_size from 6 to 3"):
+        collect_factors(
+            tiny_llama,
+            tokenizer,
+            population,
+            select_targets(tiny_llama),
+            **settings_for(batch_size=6),
+        )
+
+
+def test_too_few_tokens_warn(tiny_llama, tokenizer):
+    few = Population("few", "memorized", (Document("", "the lamp ."), Document("", "a river .")))
+    with pytest.warns(UserWarning, match="rank deficient"):
+        collect_factors(
+            tiny_llama, tokenizer, few, select_targets(tiny_llama), **settings_for(tokens=None)
+        )
+
+
+def test_half_precision_accumulates_in_fp32(tiny_llama, tokenizer, population):
+    exact = collect_factors(
+        tiny_llama, tokenizer, population, select_targets(tiny_llama), **settings_for(labels="gold")
+    )
+    half = tiny_llama.to(torch.bfloat16)
+    found = collect_factors(
+        half, tokenizer, population, select_targets(half), **settings_for(labels="gold")
+    )
+    for name in exact:
+        assert found[name].A.dtype == torch.float32
+        assert relative(found[name].A, exact[name].A) < 2e-2
+        assert relative(found[name].G, exact[name].G) < 5e-2
