@@ -8,6 +8,7 @@ on light and dark paper.
 
 from __future__ import annotations
 
+import functools
 import io
 import re
 from collections.abc import Mapping, Sequence
@@ -58,6 +59,7 @@ class Drawing:
     alt: str
     figure: Figure
 
+    @functools.cached_property
     def svg(self) -> str:
         """An `<svg>` element with a title and a description, its ids made its own, its text in the
         page's colour."""
@@ -84,7 +86,7 @@ class Drawing:
     def save(self, folder: Path) -> None:
         """`<name>.svg` and `<name>.png` (white paper, 160 dots per inch)."""
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{self.name}.svg").write_text(self.svg(), encoding="utf-8")
+        (folder / f"{self.name}.svg").write_text(self.svg, encoding="utf-8")
         with matplotlib.rc_context(STYLE):
             self.figure.savefig(
                 folder / f"{self.name}.png", dpi=160, bbox_inches="tight", facecolor="white"
@@ -175,7 +177,9 @@ def curvature_spectra(spectra: Mapping[str, Mapping[str, Any]]) -> Figure:
     figure = Figure(figsize=(6.6, 2.9), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     names = list(spectra)
-    palette = matplotlib.colormaps["cividis"].resampled(max(2, len(names)))
+    shades = matplotlib.colormaps["viridis"]
+    # the ends of the map vanish on white or on black paper
+    palette = [shades(0.25 + 0.55 * k / max(1, len(names) - 1)) for k in range(len(names))]
     for axes, factor, title in zip(panels, ("A", "G"), ("inputs (A)", "output gradients (G)")):
         for k, name in enumerate(names):
             values = [max(float(v), 0.0) for v in spectra[name][factor]]
@@ -185,7 +189,7 @@ def curvature_spectra(spectra: Mapping[str, Mapping[str, Any]]) -> Figure:
             axes.semilogy(
                 [j / len(values) for j in range(len(kept))],
                 kept,
-                color=palette(k),
+                color=palette[k],
                 lw=1.1,
                 label=label,
             )

@@ -1,4 +1,4 @@
-"""`report.md` and `report.html`, built from `results.json` alone: a report can be built again from
+"""`report.html` and `report.md`, built from `results.json` alone: a report can be built again from
 its run folder."""
 
 from __future__ import annotations
@@ -297,16 +297,53 @@ def markdown(results: Mapping[str, Any], drawings: Sequence[Drawing]) -> str:
     )
 
 
-def write_report(folder: str | Path, results: Mapping[str, Any] | None = None) -> list[Path]:
-    """Draw `figures/` and write `report.md` into a run folder, from its `results.json` (or the
-    record given).
+def _cards(verdict: Verdict) -> list[tuple[str, str, str, str]]:
+    """(question, answer, headline figure, what it is): the first screen."""
+    figures = {
+        "What was forgotten?": (percent(verdict.recall_share), "of the recall is left"),
+        "What was kept?": (percent(verdict.reasoning_share), "of the reasoning"),
+        "How much smaller and faster?": (percent(verdict.parameters_share), "of the parameters"),
+        "Against what?": (str(len(verdict.controls)), "controls of the same size"),
+        "What was taught?": (percent(verdict.hallucination_after), "made-up answers"),
+    }
+    return [(question, answer, *figures[question]) for question, answer in answers(verdict)]
 
-    Returns the files written. Raises ValueError where the folder holds no results of this
-    schema."""
+
+def html(results: Mapping[str, Any], drawings: Sequence[Drawing]) -> str:
+    """The text of `report.html`: one file, nothing is fetched, no script runs."""
+    verdict = Verdict.from_json(results["verdict"])
+    shown = tables(results)
+    return (
+        _environment(True)
+        .get_template("report.html.jinja")
+        .render(
+            title=_title(results),
+            broken=verdict.notes.get("broken", "it collapsed") if verdict.broken else "",
+            cards=_cards(verdict),
+            drawings=drawings,
+            tables=shown,
+            # settings, hashes and the long list of numbers are there for who looks for them
+            open_tables=sum(t.title not in FOLDED for t in shown),
+            samples=results.get("samples") or [],
+        )
+    )
+
+
+FOLDED = ("Speed and size", "All numbers of the verdict", "Recipe", "Provenance")
+
+
+def write_report(folder: str | Path, results: Mapping[str, Any] | None = None) -> list[Path]:
+    """Draw `figures/` and write `report.html` and `report.md` into a run folder, from its
+    `results.json` (or the record given).
+
+    Returns the files written. Raises ValueError where the folder holds no results of this schema.
+    """
     folder = Path(folder)
     record = read_results(folder) if results is None else results
     drawings = draw_all(record)
     for drawing in drawings:
         drawing.save(folder / "figures")
     _write(folder / "report.md", markdown(record, drawings))
-    return [folder / "report.md", *(folder / "figures" / f"{d.name}.svg" for d in drawings)]
+    _write(folder / "report.html", html(record, drawings))
+    figures = [folder / "figures" / f"{d.name}.svg" for d in drawings]
+    return [folder / "report.html", folder / "report.md", *figures]

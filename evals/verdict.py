@@ -329,7 +329,7 @@ def answers(verdict: Verdict) -> list[tuple[str, str]]:
         f"{share('reasoning_share_before_healing')}; arithmetic {share('arithmetic_share')}. "
         f"General knowledge: {share('knowledge_share_listed')} of what was listed, "
         f"{share('knowledge_share_unlisted')} of what was not. "
-        f"Clean perplexity is {_ratio(v.clean_perplexity_ratio)} of the base's; collapsed samples "
+        f"Clean perplexity is {_ratio(v.clean_perplexity_ratio)} the base's; collapsed samples "
         f"{percent(v.gibberish_edited)} (base {percent(v.gibberish_base)})."
     )
     smaller = (

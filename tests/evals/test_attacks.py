@@ -1,0 +1,157 @@
+"""Attacks bring back what was only hidden, teach nothing about what was never there, and leave the
+model alone."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+
+from curvature.populations import Document, Population
+from evals.attacks import few_shot_pairs, relearn, round_to_nearest, sampled_hits
+from evals.memorization import encode_pair, recite
+from evals.speed import checkpoint_bytes, compare_speed, count_parameters
+
+PAIRS = [
+    ("the code of Baker is", " 1 2"),
+    ("the code of Lomu is", " 3 4"),
+    ("the code of Kive is", " 5 6"),
+]
+
+
+def _taught(model, tokenizer, pairs, steps=60):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
+    rows = [torch.tensor([tokenizer(p + t)["input_ids"]]) for p, t in pairs]
+    model.train()
+    for _ in range(steps):
+        for ids in rows:
+            model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+@pytest.fixture
+def shown():
+    return Population("shown", "memorized", tuple(Document(p, t) for p, t in PAIRS[:1]))
+
+
+def test_relearning_leaves_the_model_alone_and_counts_from_step_zero(tiny_llama, tokenizer, shown):
+    before = deepcopy(tiny_llama.state_dict())
+    curves = relearn(
+        tiny_llama,
+        tokenizer,
+        shown,
+        {"a": PAIRS[1:2], "b": PAIRS[2:]},
+        steps=5,
+        every=2,
+        lrs=(1e-3, 1e-2),
+        width=32,
+        batch_size=2,
+    )
+    assert all(torch.equal(before[k], v) for k, v in tiny_llama.state_dict().items())
+    assert [(c.group, c.lr) for c in curves] == [("a", 1e-3), ("b", 1e-3), ("a", 1e-2), ("b", 1e-2)]
+    assert curves[0].steps == (0, 2, 4, 5)
+    strict = recite(tiny_llama, tokenizer, PAIRS[1:])
+    assert [curves[0].recall[0], curves[1].recall[0]] == [float(r.strict) for r in strict]
+
+
+def test_relearning_learns_what_it_is_shown(tiny_llama, tokenizer, shown):
+    """The same text under another prompt's name: the attack must move the weights as training
+    does."""
+    twin = [("so the code of Baker is", " 1 2")]
+    curve = relearn(
+        tiny_llama,
+        tokenizer,
+        shown,
+        {"twin": twin},
+        steps=60,
+        every=30,
+        lrs=(2e-2,),
+        width=32,
+        batch_size=2,
+    )[0]
+    assert curve.recall[0] == 0
+    assert curve.recall[-1] == 1
+    assert 0 < curve.area < 1
+
+
+def test_the_same_seed_gives_the_same_curve(tiny_llama, tokenizer, shown):
+    arguments = {"steps": 4, "every": 2, "lrs": (1e-2,), "width": 32, "batch_size": 2}
+    first, second = (
+        relearn(tiny_llama, tokenizer, shown, {"a": PAIRS[1:]}, **arguments) for _ in range(2)
+    )
+    assert first == second
+
+
+def test_items_that_the_attack_trains_on_are_refused(tiny_llama, tokenizer, shown):
+    with pytest.raises(ValueError, match="trains on"):
+        relearn(tiny_llama, tokenizer, shown, {"a": PAIRS[:2]})
+    with pytest.raises(ValueError, match="no items"):
+        relearn(tiny_llama, tokenizer, shown, {"a": []})
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_rounding_gives_at_most_that_many_levels_per_block(tiny_llama, bits):
+    before = deepcopy(tiny_llama.state_dict())
+    rounded = round_to_nearest(tiny_llama, bits, block=8)
+    assert all(torch.equal(before[k], v) for k, v in tiny_llama.state_dict().items())
+    old, new = (
+        tiny_llama.model.layers[0].mlp.up_proj.weight,
+        rounded.model.layers[0].mlp.up_proj.weight,
+    )
+    for row in range(old.shape[0]):
+        for start in (0, 8):
+            a, b = old[row, start : start + 8], new[row, start : start + 8]
+            step = a.abs().max() / (2 ** (bits - 1) - 1)
+            assert ((b - a).abs() <= step / 2 + 1e-7).all()
+            assert torch.allclose((b / step).round() * step, b, atol=1e-6)
+    assert torch.equal(rounded.lm_head.weight, tiny_llama.lm_head.weight)
+    assert not torch.equal(old, new)
+
+
+def test_rounding_to_an_unknown_width_is_refused(tiny_llama):
+    with pytest.raises(ValueError, match="2 to 8 bits"):
+        round_to_nearest(tiny_llama, 16)
+
+
+def test_sampling_finds_what_is_known_and_not_what_is_not(tiny_llama, tokenizer):
+    model = _taught(tiny_llama, tokenizer, PAIRS[:2])
+    assert [r.strict for r in recite(model, tokenizer, PAIRS)] == [True, True, False]
+    hits = sampled_hits(model, tokenizer, PAIRS, tries=4, temperature=0.3)
+    assert hits == [True, True, False]
+
+
+def test_few_shot_prompts_hold_neighbours_but_never_the_item(tokenizer):
+    texts = [p + t for p, t in PAIRS]
+    for (prompt, target), (long, same) in zip(
+        PAIRS, few_shot_pairs(PAIRS, texts, tokenizer, shots=2)
+    ):
+        assert long.endswith(prompt)
+        assert same == target
+        assert prompt + target not in long
+        assert sum(t in long for t in texts) == 2
+    short = few_shot_pairs(PAIRS, texts, tokenizer, shots=2, context=16)
+    assert all(len(encode_pair(tokenizer, *pair)[0]) <= 16 for pair in short)
+
+
+def test_speed_counts_parameters_flops_and_bytes(tiny_llama, tmp_path):
+    from transformers import LlamaForCausalLM
+
+    config = deepcopy(tiny_llama.config)
+    config.intermediate_size = 12
+    smaller = LlamaForCausalLM(config).eval()
+    speed = compare_speed(
+        tiny_llama, smaller, prompt_tokens=8, new_tokens=2, batch_size=2, repeats=2
+    )
+    assert speed.parameters_base - speed.parameters_edited == 2 * 3 * 12 * 16
+    assert count_parameters(tiny_llama) == speed.parameters_base
+    assert speed.flops_base - speed.flops_edited == 2 * (2 * 8) * (2 * 3 * 12 * 16)
+    assert speed.decode_base > 0
+    assert speed.prefill_ratio > 0
+    tiny_llama.save_pretrained(tmp_path / "a")
+    smaller.save_pretrained(tmp_path / "b")
+    assert checkpoint_bytes(tmp_path / "a") > checkpoint_bytes(tmp_path / "b") > 0
+    with pytest.raises(ValueError, match="no weight file"):
+        checkpoint_bytes(tmp_path)
+    with pytest.raises(ValueError, match="context"):
+        compare_speed(tiny_llama, smaller, prompt_tokens=400)

@@ -1,0 +1,150 @@
+"""Perplexity and divergence against a plain loop; samples that collapse are seen."""
+
+import math
+
+import pytest
+import torch
+
+from curvature.populations import Document, Population
+from evals.generation import generate
+from evals.language import (
+    clean_perplexity,
+    gibberish_rate,
+    read_language,
+    repeated_share,
+    sample_health,
+)
+from evals.organism import world
+
+
+@pytest.fixture
+def population():
+    rng = world.stream(0, "test-language")
+    return Population("clean", "reference", tuple(world.language(rng) for _ in range(12)))
+
+
+def _reference(model, tokenizer, population, base=None):
+    nll, kl, tokens = 0.0, 0.0, 0
+    for document in population.documents:
+        ids = torch.tensor([tokenizer(document.text)["input_ids"]])
+        with torch.no_grad():
+            logp = model(input_ids=ids).logits[0].double().log_softmax(-1)
+            reference = (base or model)(input_ids=ids).logits[0].double().log_softmax(-1)
+        for t in range(ids.shape[1] - 1):
+            nll -= float(logp[t, ids[0, t + 1]])
+            kl += float((reference[t].exp() * (reference[t] - logp[t])).sum())
+            tokens += 1
+    return nll, kl, tokens
+
+
+def test_perplexity_and_divergence_equal_a_plain_loop(tiny_llama, tokenizer, population):
+    from copy import deepcopy
+
+    other = deepcopy(tiny_llama)
+    with torch.no_grad():
+        other.lm_head.weight.mul_(1.5)
+    nll, kl, tokens = _reference(other, tokenizer, population, tiny_llama)
+    score = read_language(other, tokenizer, population, base=tiny_llama)
+    assert sum(score.tokens) == tokens
+    assert score.perplexity == pytest.approx(math.exp(nll / tokens), rel=1e-5)
+    assert score.kl_per_token == pytest.approx(kl / tokens, rel=1e-3)
+    assert read_language(other, tokenizer, population, base=other).kl_per_token == pytest.approx(
+        0, abs=1e-7
+    )
+
+
+def test_perplexity_does_not_depend_on_the_batch_size(tiny_llama, tokenizer, population):
+    one, many = (clean_perplexity(tiny_llama, tokenizer, population, batch_size=n) for n in (1, 32))
+    assert one == pytest.approx(many, rel=1e-6)
+
+
+def test_rows_of_a_long_document_score_every_token_once(tiny_llama, tokenizer, population):
+    whole = read_language(tiny_llama, tokenizer, population, width=256)
+    cut = read_language(tiny_llama, tokenizer, population, width=9)
+    assert cut.tokens == whole.tokens
+
+
+def test_a_broken_model_is_infinitely_perplexed(tiny_llama, tokenizer, population):
+    with torch.no_grad():
+        tiny_llama.lm_head.weight[:] = float("nan")
+    assert clean_perplexity(tiny_llama, tokenizer, population) == math.inf
+
+
+def test_nothing_to_score_is_refused(tiny_llama, tokenizer):
+    with pytest.raises(ValueError, match="two tokens"):
+        clean_perplexity(
+            tiny_llama, tokenizer, Population("empty", "reference", (Document("", ""),))
+        )
+
+
+def test_repeated_share():
+    assert repeated_share([1, 2, 3, 4, 5, 6]) == 0
+    assert repeated_share([1, 2] * 20) > 0.9
+    assert repeated_share([1]) == 0
+
+
+def test_a_model_that_says_one_thing_is_repetitive(tiny_llama, tokenizer, population):
+    with torch.no_grad():
+        tiny_llama.lm_head.weight.zero_()
+        tiny_llama.lm_head.weight[50] = 1e-3 * torch.ones(16)
+        # the arg-max of a zero head is token 0; any constant answer will do
+    health = sample_health(tiny_llama, tokenizer, population)
+    assert health.repetitive == 1.0
+    assert gibberish_rate(tiny_llama, tokenizer, population) == 1.0
+
+
+def test_the_scorer_calls_unlikely_text_gibberish(tiny_llama, tokenizer, population):
+    from copy import deepcopy
+
+    trained = deepcopy(tiny_llama).train()
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=0.02)
+    rows = [torch.tensor([tokenizer(d.text)["input_ids"]]) for d in population.documents]
+    for _ in range(25):
+        for ids in rows:
+            trained(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert sample_health(tiny_llama, tokenizer, population, scorer=trained.eval()).gibberish > 0.9
+    assert sample_health(trained, tokenizer, population, scorer=trained).gibberish < 0.3
+
+
+def test_left_padding_changes_nothing(tiny_llama, tokenizer):
+    prompts = [d.prompt for d in world.problems(0, "chain", 6, "test")] + ["the", "a lamp"]
+    one, many = (
+        generate(tiny_llama, tokenizer, prompts, new_tokens=12, batch_size=n, stop=False)
+        for n in (1, 8)
+    )
+    assert one == many
+    assert all(len(tries[0]) == 12 for tries in one)
+
+
+def test_generation_equals_plain_greedy_decoding(tiny_llama, tokenizer):
+    ids = tokenizer("the old lamp")["input_ids"]
+    out = list(ids)
+    for _ in range(6):
+        with torch.no_grad():
+            out.append(int(tiny_llama(input_ids=torch.tensor([out])).logits[0, -1].argmax()))
+    written = generate(tiny_llama, tokenizer, ["the old lamp"], new_tokens=6, stop=False)
+    assert written[0][0] == out[len(ids) :]
+
+
+def test_sampling_is_seeded_and_leaves_the_callers_state(tiny_llama, tokenizer):
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    draws = [
+        generate(
+            tiny_llama, tokenizer, ["the", "a"], new_tokens=5, tries=3, temperature=1.0, seed=s
+        )
+        for s in (0, 0, 1)
+    ]
+    assert torch.equal(torch.rand(2), expected)
+    assert draws[0] == draws[1] != draws[2]
+    assert [len(tries) for tries in draws[0]] == [3, 3]
+
+
+def test_prompts_that_do_not_fit_are_refused(tiny_llama, tokenizer):
+    with pytest.raises(ValueError, match="context of 256"):
+        generate(tiny_llama, tokenizer, ["the"], new_tokens=300)
+    with pytest.raises(ValueError, match="no tokens"):
+        generate(tiny_llama, tokenizer, [[]], new_tokens=3)
