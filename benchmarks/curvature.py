@@ -1,16 +1,16 @@
-"""Curvature, side by side: ours and its peers in one process, as ratios to one forward and backward
-pass.
+"""Curvature, side by side: ours and its peers in one process, in units of one
+forward and backward pass.
 
-    python benchmarks/curvature.py                       the table on a 5 M-parameter Llama, CPU
-    python benchmarks/curvature.py --scaling figures/    cost against tokens and against targets,
-    with a plot python benchmarks/curvature.py --accuracy            factor accuracy against tokens
-    python benchmarks/curvature.py --device cuda --shape 1b --dtype bfloat16
+    python benchmarks/curvature.py                        the table on a 5 M-parameter Llama, CPU
+    python benchmarks/curvature.py --scaling figures      cost against tokens and targets, plotted
+    python benchmarks/curvature.py --accuracy MODEL TEXT  factor accuracy against tokens
+    python benchmarks/curvature.py --device cuda --shape 1b --dtype bfloat16 --eigh 2048 4096 11008
 
-Rounds are interleaved: each round runs every row once beside its own forward and backward pass, and
-the median of the rounds' ratios is printed, so that other load on the machine falls on all rows
-alike. Memory is the peak of what torch allocated during the row (from its profiler), less the
-results that the row returns, over that of the forward and backward pass (less its gradients).
-curvlinops and kronfluence are rows where they are installed.
+Rounds are interleaved: every row runs beside its own forward and backward passes, and the median of
+the rounds' ratios is printed, so that other load on the machine falls on all rows alike. Memory is
+the peak of what torch allocated during the row, less the results that the row returns, over that of
+the forward and backward pass (less its gradients). curvlinops and kronfluence are rows where they
+are installed.
 """
 
 # ruff: noqa: E402
@@ -26,6 +26,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ from curvature.hvp import curvature_product
 from curvature.populations import Batch
 from curvature.targets import Target, select_targets
 
-SHAPES = {
+SHAPES: dict[str, dict[str, Any]] = {
     "5m": {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6, "vocab_size": 512},
     "1b": {
         "hidden_size": 2048,
@@ -130,13 +131,18 @@ def plain_hooks(model: nn.Module, batch: Batch, targets: list[Target]) -> Any:
         product = x.T @ x
         totals[key] = totals[key] + product if key in totals else product
 
+    def listen(target: Target) -> None:
+        def forward_hook(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+            add(f"{target.name}.A", args[0])
+
+        def backward_hook(module: nn.Module, inputs: Any, outputs: Any) -> None:
+            add(f"{target.name}.G", outputs[0])
+
+        handles.append(target.module.register_forward_hook(forward_hook))
+        handles.append(target.module.register_full_backward_hook(backward_hook))
+
     for t in targets:
-        handles.append(
-            t.module.register_forward_hook(lambda m, a, o, n=t.name: add(n + ".A", a[0]))
-        )
-        handles.append(
-            t.module.register_full_backward_hook(lambda m, i, o, n=t.name: add(n + ".G", o[0]))
-        )
+        listen(t)
     gold_loss(model, batch).backward()
     for handle in handles:
         handle.remove()
@@ -379,7 +385,7 @@ def measure_products(
                 matrix=matrix,  # type: ignore[arg-type]
                 method=method,  # type: ignore[arg-type]
             ) as product:
-                spent = seconds(lambda p=product: p(v), device)
+                spent = seconds(partial(product, v), device)
             base = (base + seconds(unit, device)) / 2
             ratios.append(spent / base)
         model.zero_grad(set_to_none=True)
@@ -464,6 +470,10 @@ def scaling(arguments: argparse.Namespace) -> None:
     targets = select_targets(model)
     batch = make_batch(model, arguments.rows, arguments.width)
     by_tokens, by_targets = [], []
+
+    def collect(chosen: list[Target]) -> None:
+        ours(model, batch, chosen, _FactorSums(False))
+
     layers = sorted({t.layer for t in targets})
     for _ in range(2):
         ours(model, batch, targets, _FactorSums(False))
@@ -480,8 +490,7 @@ def scaling(arguments: argparse.Namespace) -> None:
     for k in range(1, len(layers) + 1):
         chosen = [t for t in targets if t.layer in layers[-k:]]
         spent = min(
-            seconds(lambda c=chosen: ours(model, batch, c, _FactorSums(False)), arguments.device)
-            for _ in range(arguments.rounds)
+            seconds(partial(collect, chosen), arguments.device) for _ in range(arguments.rounds)
         )
         by_targets.append((len(chosen), spent))
     figure, axes = pyplot.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
@@ -503,13 +512,61 @@ def scaling(arguments: argparse.Namespace) -> None:
     print(f"wrote {path}")
 
 
+def accuracy(arguments: argparse.Namespace) -> None:
+    """How far factors of n tokens are from those of many: the token budget as a measured choice.
+
+    Error: relative, Frobenius, mean over targets. Kept: energy (trace) of the reference factor in
+    the 40 % sharpest directions of the estimate, over that in its own.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from curvature.eigenbases import eigenbases
+    from curvature.factors import collect_factors
+    from curvature.populations import load_population, split_population
+
+    model_path, text = arguments.accuracy
+    model = AutoModelForCausalLM.from_pretrained(model_path).to(arguments.device).eval()
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    population = load_population(text, "reference")
+    parts = split_population(population, {"many": 0.7, "few": 0.3}).parts
+    targets = select_targets(model)
+    settings = {"width": arguments.width, "batch_size": arguments.rows, "coupled": False}
+    reference = collect_factors(
+        model, tokenizer, parts["many"], targets, tokens=arguments.tokens, **settings
+    )
+    own = eigenbases(reference)
+    print(
+        f"reference: {next(iter(reference.values())).tokens} tokens of {text}, {len(targets)} "
+        "targets"
+    )
+    print("| tokens | error A | error G | kept A | kept G |\n| --- | --- | --- | --- | --- |")
+    n = 512
+    while n <= arguments.tokens // 2:
+        found = collect_factors(model, tokenizer, parts["few"], targets, tokens=n, **settings)
+        bases = eigenbases(found)
+        figures: dict[str, list[float]] = {"error A": [], "error G": [], "kept A": [], "kept G": []}
+        for name, f in found.items():
+            for side in ("A", "G"):
+                truth, estimate = getattr(reference[name], side), getattr(f, side)
+                figures[f"error {side}"].append(float((estimate - truth).norm() / truth.norm()))
+                k = round(0.4 * len(truth))
+                energy = []
+                for basis in (getattr(bases[name], side), getattr(own[name], side)):
+                    top = basis.vectors[:, -k:]
+                    energy.append(float(((truth @ top) * top).sum()))
+                figures[f"kept {side}"].append(energy[0] / energy[1])
+        means = " | ".join(f"{statistics.mean(v):.4f}" for v in figures.values())
+        print(f"| {next(iter(found.values())).tokens} | {means} |", flush=True)
+        n *= 2
+
+
 def eigh_times(arguments: argparse.Namespace) -> None:
     print("\n| eigh, side | seconds |\n| --- | --- |")
     for n in arguments.eigh:
         x = torch.randn(n, 2 * n, device=arguments.device)
         matrix = x @ x.T / n
         del x
-        print(f"| {n} | {seconds(lambda m=matrix: eigh(m), arguments.device):.2f} |", flush=True)
+        print(f"| {n} | {seconds(partial(eigh, matrix), arguments.device):.2f} |", flush=True)
 
 
 def main() -> None:
@@ -531,8 +588,13 @@ def main() -> None:
     parser.add_argument(
         "--eigh", type=int, nargs="*", default=[], help="also time eigh at these sides"
     )
+    parser.add_argument("--accuracy", nargs=2, metavar=("MODEL", "TEXT"), help="accuracy instead")
+    parser.add_argument("--tokens", type=int, default=200_000, help="reference of --accuracy")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
+    if arguments.accuracy:
+        accuracy(arguments)
+        return
     if arguments.scaling:
         scaling(arguments)
         return

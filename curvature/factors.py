@@ -216,9 +216,11 @@ def save_factors(
     write_tensors(path, tensors, {"kind": "factors", "index": index, **metadata})
 
 
-def load_factors(path: str | Path) -> tuple[dict[str, Factors], dict[str, Any]]:
+def load_factors(
+    path: str | Path, targets: Sequence[Target] | None = None
+) -> tuple[dict[str, Factors], dict[str, Any]]:
     """Factors by target and the metadata they were saved with. Raises ValueError for a file that
-    holds none."""
+    holds none, and for one that does not fit `targets` where these are given."""
     tensors, metadata = read_tensors(path)
     if metadata.pop("kind", None) != "factors":
         raise ValueError(f"{path} does not hold factors")
@@ -228,4 +230,13 @@ def load_factors(path: str | Path) -> tuple[dict[str, Factors], dict[str, Any]]:
         factors[name] = Factors(
             found["A"], found["G"], found.get("A_coupled"), found.get("G_coupled"), entry["tokens"]
         )
+    for target in targets or ():
+        if target.name not in factors:
+            raise ValueError(f"{path} holds no factors of {target.name}: collect them again")
+        f = factors[target.name]
+        if (len(f.A), len(f.G)) != (target.d_in, target.d_out):
+            raise ValueError(
+                f"{path} holds factors of sides {len(f.A)} and {len(f.G)} for {target.name}, "
+                f"which is {target.d_out} x {target.d_in}: they belong to another model"
+            )
     return factors, metadata

@@ -11,9 +11,10 @@ from __future__ import annotations
 import math
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -205,6 +206,36 @@ def pyhessian_spectra(
         name: pyhessian_spectrum(model, batches, chosen, name=name, **settings)
         for name, chosen in tqdm(jobs, desc=progress, disable=progress is None, leave=False)
     }
+
+
+def plot_spectra(spectra: Mapping[str, Spectrum], path: str | Path) -> None:
+    """Write a PNG of the densities (log scale) of spectra that have one, with their top eigenvalues
+    as ticks.
+
+    Raises ValueError where none has a density.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    shown = {name: s for name, s in spectra.items() if s.density_values}
+    if not shown:
+        raise ValueError("no spectrum has a density: ask for density_steps > 0")
+    figure, axes = pyplot.subplots(figsize=(6, 3.5), layout="constrained")
+    for name, spectrum in shown.items():
+        grid, density = density_curve(spectrum.density_values, spectrum.density_weights)
+        (line,) = axes.plot(grid, density + 1e-9, label=name, linewidth=1)
+        axes.plot(
+            spectrum.eigenvalues, [2e-6] * len(spectrum.eigenvalues), "|", color=line.get_color()
+        )
+    axes.set_yscale("log")
+    axes.set_ylim(bottom=1e-6)
+    axes.set_xlabel("eigenvalue of the Hessian (nats per token)")
+    axes.set_ylabel("density")
+    axes.legend(fontsize=6)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
 
 
 def density_curve(

@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -203,6 +204,61 @@ def test_factors_agree_with_curvlinops(make_model, tokenizer, population):
         assert relative(found[target.name].G, sums[target.name, "G"] / count) < 1e-5
 
 
+def test_factors_and_ekfac_agree_with_kronfluence(make_model, tokenizer, plain):
+    """Rows of two tokens count one each, so that its per-example correction is our per-token one."""
+    pytest.importorskip("kronfluence")
+    from kronfluence.analyzer import prepare_model
+    from kronfluence.arguments import FactorArguments
+    from kronfluence.factor.covariance import fit_covariance_matrices_with_loader
+    from kronfluence.factor.eigen import fit_lambda_matrices_with_loader
+    from kronfluence.task import Task
+    from kronfluence.utils.state import State
+    from torch.nn import functional as F
+
+    model = make_model("llama")
+    targets = select_targets(model)
+    names = [t.name for t in targets]
+    rows = settings_for(width=2, batch_size=16, labels="gold")
+    found = collect_factors(model, tokenizer, plain, targets, **rows)
+    bases = eigenbases(found)
+    corrected = fisher_diagonal(model, tokenizer, plain, targets, bases=bases, **rows)
+
+    class Pairs(Task):
+        def compute_train_loss(self, batch, model, sample=False):
+            logits = model(input_ids=batch[:, :1], use_cache=False).logits[:, 0]
+            return F.cross_entropy(logits, batch[:, 1], reduction="sum")
+
+        def compute_measurement(self, batch, model):
+            return self.compute_train_loss(batch, model)
+
+        def get_influence_tracked_modules(self):
+            return names
+
+    task = Pairs()
+    tracked = prepare_model(copy.deepcopy(model), task)
+    loader = [b.ids for b in batches(plain, tokenizer, width=2, batch_size=16)]
+    arguments = FactorArguments(strategy="ekfac", use_empirical_fisher=True)
+    state = State(cpu=True)
+    count, covariance = fit_covariance_matrices_with_loader(
+        tracked, state, task, loader, arguments, names, disable_tqdm=True
+    )
+    eigen = {
+        "activation_eigenvectors": {n: bases[n].A.vectors for n in names},
+        "activation_eigenvalues": {n: bases[n].A.values for n in names},
+        "gradient_eigenvectors": {n: bases[n].G.vectors for n in names},
+        "gradient_eigenvalues": {n: bases[n].G.values for n in names},
+    }
+    _, corrections = fit_lambda_matrices_with_loader(
+        tracked, state, task, loader, arguments, eigen, names, disable_tqdm=True
+    )
+    n = int(count)
+    for name in names:
+        assert found[name].tokens == n
+        assert relative(found[name].A, covariance["activation_covariance"][name] / n) < 1e-5
+        assert relative(found[name].G, covariance["gradient_covariance"][name] / n) < 1e-5
+        assert relative(corrected[name], corrections["lambda_matrix"][name] / n) < 1e-4
+
+
 def test_fisher_and_ekfac_equal_token_sums(make_model, double, tokenizer, population):
     for architecture in ("llama", "gpt2"):
         model = make_model(architecture)
@@ -272,6 +328,13 @@ def test_saved_factors_come_back_and_share(tiny_llama, tokenizer, population, tm
             assert torch.equal(getattr(loaded[name], key), getattr(found[name], key))
     assert loaded[targets[0].name].A is loaded[targets[1].name].A
     write_tensors(tmp_path / "other.safetensors", {"x": torch.zeros(1)}, {})
+    load_factors(tmp_path / "f.safetensors", targets)
+    others = select_targets(tiny_llama, ["q_proj"])
+    with pytest.raises(ValueError, match=r"holds no factors of model\.layers\.0\.self_attn"):
+        load_factors(tmp_path / "f.safetensors", others)
+    wider = dataclasses.replace(targets[0], d_in=99)
+    with pytest.raises(ValueError, match="belong to another model"):
+        load_factors(tmp_path / "f.safetensors", [wider])
     with pytest.raises(ValueError, match="does not hold factors"):
         load_factors(tmp_path / "other.safetensors")
 

@@ -6,7 +6,7 @@ from curvature.hutchinson import curvature_diagonals, hutchinson, rademacher
 from curvature.hvp import curvature_product, graph_bytes
 from curvature.lanczos import lanczos_spectrum
 from curvature.populations import Batch
-from curvature.spectra import density_curve, pyhessian_spectra, pyhessian_spectrum
+from curvature.spectra import density_curve, plot_spectra, pyhessian_spectra, pyhessian_spectrum
 from curvature.targets import mlp_blocks, select_targets
 
 
@@ -128,7 +128,7 @@ def test_layer_by_layer_diagonals_see_their_own_layer(small):
     assert abs(trace - float(H.trace())) < 6 * error
 
 
-def test_lanczos_and_pyhessian_find_the_dense_spectrum(small):
+def test_lanczos_and_pyhessian_find_the_dense_spectrum(small, tmp_path):
     model, rows, targets, H, _ = small
     eigenvalues = torch.linalg.eigvalsh(H)
     top = eigenvalues[eigenvalues.abs().argmax()]
@@ -155,6 +155,8 @@ def test_lanczos_and_pyhessian_find_the_dense_spectrum(small):
         grid, density = density_curve(spectrum.density_values, spectrum.density_weights)
         assert float(((grid[1] - grid[0]) * density).sum()) == pytest.approx(1, abs=0.02)
     assert ours.parameters == theirs.parameters == len(H)
+    plot_spectra({"ours": ours, "theirs": theirs}, tmp_path / "s.png")
+    assert (tmp_path / "s.png").stat().st_size > 1000
 
 
 def test_pyhessian_uses_every_probe_and_restores_everything(small):
