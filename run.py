@@ -356,9 +356,9 @@ def operate_on(recipe: Recipe) -> int:
         attack_stage(run, "edited", edited)
         for ranking in recipe.controls:
             control = shrink_stage(run, f"control-{ranking}", patient.model, ranking)
-            judge_stage(run, f"control-{ranking}-unhealed", control, harness=False)
+            judge_stage(run, f"control-{ranking}-unhealed", control)
             control = heal_stage(run, f"control-{ranking}-healed", control)
-            judge_stage(run, f"control-{ranking}", control, harness=False)
+            judge_stage(run, f"control-{ranking}", control)
             attack_stage(run, f"control-{ranking}", control)
         speed_stage(run, edited)
         samples_stage(run, edited)
@@ -367,7 +367,7 @@ def operate_on(recipe: Recipe) -> int:
     return 0
 
 
-def judge_stage(run: Run, arm: str, model: PreTrainedModel, *, harness: bool = True) -> None:
+def judge_stage(run: Run, arm: str, model: PreTrainedModel) -> None:
     """Ask a model everything in the test split."""
     from curvature.artifacts import model_sha256
     from evals.judge import judge
@@ -386,7 +386,6 @@ def judge_stage(run: Run, arm: str, model: PreTrainedModel, *, harness: bool = T
             run.patient.tokenizer,
             test,
             batch_size=r.judge_batch_size,
-            harness=harness,
             width=r.width,
             progress=arm,
         )
@@ -458,9 +457,8 @@ def factors_stage(run: Run, name: str, model: PreTrainedModel) -> dict[str, dict
                 seed=r.seed,
                 progress=f"{name}: {population.name}",
             )
-            save_factors(
-                folder / f"{key}.safetensors", factors[key], {"population": population.sha256}
-            )
+            about = {"population": population.sha256}
+            save_factors(factors_file(folder, key), factors[key], about)
         bases = eigenbases(kept_factors(factors))
         spectra = {
             n: {"A": spread(b.A.values.flip(0).tolist()), "G": spread(b.G.values.flip(0).tolist())}

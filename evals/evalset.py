@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
@@ -184,14 +184,13 @@ def material_from_files(
             parts["reference"][split],
         )
 
-    keep = [parts["reasoning"]["edit"]]
-    if reference != reasoning:
-        keep.append(parts["reference"]["edit"])
+    edit = {role: replace(part["edit"], name=role) for role, part in parts.items()}
+    keep = [edit["reasoning"]] + ([edit["reference"]] if reference != reasoning else [])
     healing = tuple(d for population in keep for d in population.documents)
     return Material(
-        memorized=(parts["memorized"]["edit"],),
+        memorized=(replace(edit["memorized"], name="passages"),),
         keep=tuple(keep),
-        relearn=parts["memorized"]["edit"],
+        relearn=edit["memorized"],
         heal=Population("kept text", "reasoning", healing, f"{reasoning}, {reference}"),
         tune=evalset("tune"),
         test=evalset("test"),

@@ -115,7 +115,7 @@ def test_a_changed_world_is_noticed(tmp_path):
 
 
 def test_the_committed_organism_has_both_sides():
-    """It recites what it saw often, solves what it never saw, and knows nothing it was not shown."""
+    """It recites what it saw often, solves what is new, and knows nothing it was not shown."""
     model = AutoModelForCausalLM.from_pretrained(organism.MODEL).eval()
     tokenizer = AutoTokenizer.from_pretrained(organism.MODEL)
     test = organism.material(organism.organism_seed(), problems=100, heal_documents=1).test

@@ -1,0 +1,234 @@
+"""The front door: one small run from end to end, its replay, and what bad input gets."""
+
+import dataclasses
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import run
+from evals.organism import world
+
+ROOT = Path(__file__).parent.parent
+QUICK = {
+    "prefix_tokens": 8,
+    "suffix_tokens": 8,
+    "width": 64,
+    "problems": 6,
+    "factor_tokens": 1500,
+    "batch_size": 8,
+    "candidates": 2,
+    "keep_neurons": 0.5,
+    "heal_tokens": 1024,
+    "cost_tokens": 200,
+    "attack_steps": 2,
+    "controls": ["random"],
+    "spectrum": False,
+    "device": "cpu",
+}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A random tiny checkpoint and three small texts."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from evals.organism.tokenizer import build_tokenizer
+
+    folder = tmp_path_factory.mktemp("files")
+    tokenizer = build_tokenizer()
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=False,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    rng = random.Random(0)
+    memorized = [{"text": " ".join(world.sentence(rng) for _ in range(4))} for _ in range(30)]
+    reasoning = [{"prompt": d.prompt, "answer": d.answer} for d in map(world.sort, [rng] * 60)]
+    for name, rows in (("memorized", memorized), ("reasoning", reasoning)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    text = "\n\n".join(" ".join(world.sentence(rng) for _ in range(3)) for _ in range(40))
+    (folder / "reference.txt").write_text(text)
+    (folder / "empty.jsonl").write_text("")
+    (folder / "one.jsonl").write_text('{"text": "a single item"}\n')
+    (folder / "foreign").mkdir()
+    (folder / "foreign" / "thesis.txt").write_text("mine")
+    return folder
+
+
+def arguments(files: Path, out: Path, **settings) -> list[str]:
+    values = {
+        "model": files / "model",
+        "memorized": files / "memorized.jsonl",
+        "reasoning": files / "reasoning.jsonl",
+        "reference": files / "reference.txt",
+        "out": out,
+        **QUICK,
+        **settings,
+    }
+    return [
+        f"--{k}={json.dumps(v) if isinstance(v, list | bool) else v}"
+        for k, v in values.items()
+        if v is not None
+    ]
+
+
+@pytest.fixture(scope="module")
+def finished(files, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "first"
+    assert run.main(arguments(files, out)) == 0
+    return out
+
+
+def test_a_run_leaves_a_checkpoint_that_ordinary_tools_load(files, finished):
+    base = AutoModelForCausalLM.from_pretrained(files / "model")
+    small = AutoModelForCausalLM.from_pretrained(finished / "checkpoint")
+    tokenizer = AutoTokenizer.from_pretrained(finished / "checkpoint")
+    assert small.config.intermediate_size == 24
+    assert small.num_parameters() < base.num_parameters()
+    weights = load_file(finished / "checkpoint" / "model.safetensors")
+    assert sum(w.numel() for w in weights.values()) == small.num_parameters()
+    assert torch.isfinite(small(**tokenizer("sort b a =", return_tensors="pt")).logits).all()
+    assert "# model, edited with Lethe" in (finished / "checkpoint" / "README.md").read_text()
+
+
+def test_results_hold_the_contract(finished):
+    results = json.loads((finished / "results.json").read_text())
+    verdict = results["verdict"]
+    assert results["schema"] == 1
+    needed = """recall_base recall_edited recall_share recall_share_untargeted
+    recall_share_after_relearning reasoning_base reasoning_edited reasoning_share
+    reasoning_share_before_healing arithmetic_share knowledge_share_listed knowledge_share_unlisted
+    clean_perplexity_ratio parameters_base parameters_edited parameters_share bytes_share
+    tokens_per_second_ratio seconds_total peak_memory_bytes controls""".split()
+    assert set(needed) <= set(verdict)
+    for name in needed:
+        assert verdict[name] is not None or verdict["notes"].get(name), name
+    assert verdict["parameters_share"] == verdict["parameters_edited"] / verdict["parameters_base"]
+    assert [c["name"] for c in verdict["controls"]] == ["random"]
+    assert verdict["controls"][0]["parameters_share"] == verdict["parameters_share"]
+    assert verdict["recall_base"] == 0, "a random model recites nothing"
+    assert verdict["recall_share"] is None, "a share of nothing is not a number"
+    report = (finished / "report.md").read_text()
+    for question in ("What was forgotten?", "What was kept?", "Against what?"):
+        assert question in report
+    for line in report.splitlines():
+        if line.startswith("!["):
+            assert (finished / line.split("(")[-1].rstrip(")")).exists(), line
+
+
+def test_a_second_run_finds_every_stage(files, finished, capsys):
+    before = (finished / "checkpoint" / "model.safetensors").read_bytes()
+    assert run.main(arguments(files, finished)) == 0
+    said = capsys.readouterr().out
+    assert "running" not in said
+    assert said.count("found") >= 10
+    assert (finished / "checkpoint" / "model.safetensors").read_bytes() == before
+
+
+def test_the_saved_recipe_replays_to_the_same_bytes(finished, tmp_path):
+    """Only the times may differ."""
+    assert run.main(["--config", str(finished / "recipe.yaml"), "--out", str(tmp_path / "b")]) == 0
+    for name in ("checkpoint/model.safetensors", "stages/cut/plan.safetensors"):
+        assert (finished / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+    a, b = (json.loads((f / "results.json").read_text()) for f in (finished, tmp_path / "b"))
+    for key in ("judgement", "arms", "attacks", "strength", "cost", "samples"):
+        assert a[key] == b[key], key
+
+
+def test_a_changed_setting_runs_what_depends_on_it_and_nothing_else(files, finished, capsys):
+    changed = {"attack_steps": 3}
+    assert run.main(arguments(files, finished, **changed)) == 2
+    assert "attack_steps" in capsys.readouterr().err
+    assert run.main(arguments(files, finished, update=True, **changed)) == 0
+    ran = {w.split()[1] for w in capsys.readouterr().out.splitlines() if w.startswith("running")}
+    assert ran == {"attack-base", "attack-edited", "attack-control-random"}
+
+
+def test_a_second_run_at_the_same_time_is_refused(files, finished, capsys):
+    import fcntl
+
+    with (finished / ".lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert run.main(arguments(files, finished, update=True)) == 2
+    assert "another run is at work" in capsys.readouterr().err
+
+
+BAD = {
+    "missing file": ({"memorized": "nowhere.jsonl"}, "nowhere.jsonl: no such file"),
+    "empty file": ({"memorized": "{files}/empty.jsonl"}, "is empty"),
+    "one item": ({"memorized": "{files}/one.jsonl"}, "holds one document only"),
+    "missing model": ({"model": "./nowhere"}, "expected a folder with config.json"),
+    "prefix beyond the context": ({"prefix_tokens": 400}, "into the context"),
+    "prefix beyond the texts": ({"prefix_tokens": 100}, "no document holds a prefix of 100"),
+    "width beyond the context": ({"width": 4096}, "longer than the context"),
+    "layer that does not exist": ({"layers": "7-9"}, "layer"),
+    "target that matches nothing": ({"targets": ["nothing_proj"]}, "nothing_proj"),
+    "unknown method": ({"method": "magic"}, "'magic' is unknown: expected one of"),
+    "unknown control": ({"controls": ["magic"]}, "'magic' is unknown: expected one of"),
+    "share above one": ({"keep_neurons": 1.5}, "expected a share"),
+    "no problems": ({"problems": 0}, "expected at least 1"),
+    "no texts": ({"memorized": None}, "needs --memorized"),
+    "folder of something else": ({"out": "{files}/foreign"}, "is not a run folder"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_gets_one_line_before_any_work(case, files, tmp_path, capsys):
+    settings, words = BAD[case]
+    settings = {k: v.format(files=files) if isinstance(v, str) else v for k, v in settings.items()}
+    out = Path(settings.pop("out", tmp_path / "out"))
+    before = sorted(p.name for p in out.iterdir()) if out.exists() else None
+    assert run.main(arguments(files, out, **settings)) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("lethe: ")
+    assert said.err.count("\n") == 1, said.err
+    assert words in said.err
+    assert "running" not in said.out
+    after = sorted(p.name for p in out.iterdir()) if out.exists() else None
+    assert after == before, "nothing is written or overwritten"
+
+
+def test_recipes_name_settings_that_exist():
+    known = {f.name for f in dataclasses.fields(run.Recipe)}
+    for file in (ROOT / "recipes").glob("*.yaml"):
+        assert set(yaml.safe_load(file.read_text())) <= known, file
+
+
+def test_help_is_readable():
+    said = subprocess.run(
+        [sys.executable, "run.py", "--help"], capture_output=True, text=True, cwd=ROOT, check=True
+    ).stdout
+    for field in dataclasses.fields(run.Recipe):
+        assert f"--{field.name}" in said
+    assert "Text that must go" in said
+
+
+def test_a_foreign_plan_is_not_applied(finished, files):
+    from surgery.operate import operate
+    from surgery.plan import load_plan
+
+    plan = load_plan(finished / "stages" / "cut")
+    model = AutoModelForCausalLM.from_pretrained(files / "model")
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] += 1
+    with pytest.raises(ValueError, match="made for another model"):
+        operate(model, plan)
