@@ -71,7 +71,8 @@ class Capture:
 
     def __enter__(self) -> Capture:
         for target in self.targets:
-            self._handles.append(target.module.register_forward_hook(self._hook(target)))
+            hook = self._hook(target)
+            self._handles.append(target.module.register_forward_hook(hook, with_kwargs=True))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -133,7 +134,9 @@ class Capture:
         return flat if self._index is None else flat.index_select(0, self._index.to(x.device))
 
     def _hook(self, target: Target) -> Callable:
-        def forward_hook(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+        def forward_hook(
+            module: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor
+        ) -> None:
             if not torch.is_grad_enabled():
                 raise ValueError(
                     f"{target.name} ran without gradients: turn reentrant gradient "
@@ -148,15 +151,16 @@ class Capture:
                     f"{target.name} ran twice in one pass: it is shared between layers"
                 )
             self._forward_fired.add(target.name)
+            x = args[0] if args else next(iter(kwargs.values()))
             shared = self._shared.get(target.input_group)
-            if shared is not None and shared[1] is args[0]:
+            if shared is not None and shared[1] is x:
                 rows = shared[2]
                 self.leads[target.name] = shared[0].name
             else:
-                rows = self._rows(args[0])
+                rows = self._rows(x)
                 self._note(target, rows)
                 self.estimator.inputs(target, rows)
-                self._shared.setdefault(target.input_group, (target, args[0], rows))
+                self._shared.setdefault(target.input_group, (target, x, rows))
             if self.estimator.needs_pairs:
                 self._inputs[target.name] = rows
             output.register_hook(lambda grad: backward_hook(grad))

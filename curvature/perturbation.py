@@ -16,11 +16,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
-from curvature.capture import run_pass
+from curvature.capture import is_distributed, run_pass
 from curvature.eigenbases import TargetEigenbases
 from curvature.forward import CausalForward, device_of, evaluation_mode
 from curvature.populations import Batch, Population, batches
@@ -161,6 +162,15 @@ class _Shifts:
         self.rows_squared += by_row.square().sum(1)
         self.tokens_squared += s.square().sum(1)
 
+    def reduce(self) -> None:
+        """Add up the shares of all processes."""
+        if is_distributed():
+            shares: list = [None] * dist.get_world_size()
+            dist.all_gather_object(shares, (self.first, self.rows_squared, self.tokens_squared))
+            self.first, self.rows_squared, self.tokens_squared = (
+                torch.stack(parts).sum(0) for parts in zip(*shares, strict=True)
+            )
+
     def inputs(self, target: Target, a: torch.Tensor) -> None:
         pass
 
@@ -209,6 +219,7 @@ def check_perturbations(
                 after=shifts.after,
                 **settings,  # type: ignore[arg-type]
             )
+            shifts.reduce()
             found[labels] = shifts
         rows = list(batches(population, tokenizer, **settings))  # type: ignore[arg-type]
         scored = torch.cat([b.scored.sum(1) for b in rows]).double()
