@@ -377,7 +377,6 @@ def judge_stage(run: Run, arm: str, model: PreTrainedModel) -> None:
         "judged": model_sha256(model),
         "test": test.sha256,
         "width": r.width,
-        "harness": harness,
     }
 
     def compute(_: Path) -> Any:
