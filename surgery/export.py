@@ -18,6 +18,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from curvature.artifacts import read_json, write_json
+from surgery.shapes import own_type
+
 PROBE_TEXT = "The quick brown fox jumps over the lazy dog. 0123456789"
 
 
@@ -183,9 +186,16 @@ def export(
     temporary = folder.parent / f".{folder.name}.{mark}.partial"
     try:
         model.save_pretrained(temporary, max_shard_size=max_shard_size)
+        shaped = own_type(model)
+        if shaped is not None:
+            record = read_json(temporary / "config.json")
+            write_json(temporary / "config.json", {**record, **shaped.changes})
+            (temporary / shaped.file).write_text(shaped.source, encoding="utf-8")
         tokenizer.save_pretrained(temporary)
         (temporary / "README.md").write_text(card, encoding="utf-8")
-        check_round_trip(temporary, model, tokenizer, trust_remote_code)
+        # Only our own modelling file is run here, written a moment ago.
+        own_code = trust_remote_code or shaped is not None
+        check_round_trip(temporary, model, tokenizer, own_code)
         if folder.exists():
             replaced = folder.parent / f".{folder.name}.{mark}.replaced"
             os.replace(folder, replaced)

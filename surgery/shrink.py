@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from curvature.eigenbases import eigh
+from curvature.factors import Factors
 from curvature.targets import Target, mlp_blocks
 from surgery.operate import kept_neurons
 from surgery.plan import Plan, check_plan
@@ -37,37 +41,41 @@ def _slice(target: Target, index: torch.Tensor, dim: int) -> None:
 
 
 @torch.no_grad()
-def shrink(model: PreTrainedModel, plan: Plan, *, check: bool = True) -> PreTrainedModel:
+def shrink(
+    model: PreTrainedModel, plan: Plan, *, check: bool = True, uniform: bool = True
+) -> PreTrainedModel:
     """A new model of the same class without the removed neurons: a smaller, uniform
     `intermediate_size`.
 
     Gate and up lose rows, down loses columns; everything else is copied as it is, so logits equal
-    those of the model with these neurons zeroed (up to the order of summation). Raises ValueError
-    on a plan that is not of kind `neurons`, does not cover every layer, or leaves layers of
-    different widths (an ordinary checkpoint has one width).
+    those of the model with these neurons zeroed (up to the order of summation). With `uniform`
+    false layers may differ in width: no plain class holds such a model, and `surgery.export` then
+    ships a small modelling file beside the weights.
+
+    Raises ValueError on a plan that is not of kind `neurons` and, with `uniform`, on one that does
+    not cover every layer or leaves layers of different widths (an ordinary checkpoint has one
+    width).
     """
     if check:
         check_plan(plan, model)
     if plan.kind != "neurons":
         raise ValueError(
-            "only a plan of kind neurons shrinks a model this way, and this one is of kind "
-            f"{plan.kind}"
+            f"only a plan of kind neurons takes neurons out, and this one is of kind {plan.kind}"
         )
     blocks = mlp_blocks(model)
     kept = kept_neurons(plan, blocks)
     missing = [block.layer for block in blocks if block.layer not in kept]
-    if missing:
+    if uniform and missing:
         raise ValueError(
             f"the plan leaves layers {missing} at full width: plan all layers, one width serves "
             "them all"
         )
     widths = {len(keep) for keep in kept.values()}
-    if len(widths) > 1:
+    if uniform and len(widths) > 1:
         raise ValueError(
             f"the plan leaves layers of different widths {sorted(widths)}: an ordinary checkpoint "
             "has one"
         )
-    width = widths.pop()
     config = model.config.get_text_config()
     attribute = next((name for name in WIDTHS if hasattr(config, name)), None)
     if attribute is None:
@@ -77,14 +85,119 @@ def shrink(model: PreTrainedModel, plan: Plan, *, check: bool = True) -> PreTrai
         )
     small = copy.deepcopy(model)
     for block in mlp_blocks(small):
+        if block.layer not in kept:
+            continue
         keep = kept[block.layer]
         for target in block.targets:
             _slice(target, keep, 1 if target is block.down else 0)
             parent = small.get_submodule(target.name.rpartition(".")[0])
             if hasattr(parent, attribute):
-                setattr(parent, attribute, width)
-    setattr(small.config.get_text_config(), attribute, width)
+                setattr(parent, attribute, len(keep))
+    if not missing and len(widths) == 1:
+        setattr(small.config.get_text_config(), attribute, widths.pop())
     return small
+
+
+def drop_layers(model: PreTrainedModel, keep: Sequence[int]) -> PreTrainedModel:
+    """A new model of the same class with only the decoder layers `keep`, in the model's order.
+
+    The configuration loses `layer_types` and other per-layer lists of the dropped layers, and every
+    `layer_idx` is renumbered (the cache is addressed by it), so that the result loads in the plain
+    class. Raises ValueError for layers that do not exist, none at all, and a model whose decoder
+    layers are not found.
+    """
+    config = model.config.get_text_config()
+    count = getattr(config, "num_hidden_layers", None)
+    lists = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count
+    ]
+    if count is None or len(lists) != 1:
+        raise ValueError(
+            f"{type(model).__name__}: its decoder layers were not found, so none can be dropped"
+        )
+    kept = sorted(set(keep))
+    if not kept or kept[0] < 0 or kept[-1] >= count:
+        raise ValueError(f"cannot keep layers {list(keep)}: the model has layers 0 to {count - 1}")
+    small = copy.deepcopy(model)
+    name = lists[0][0]
+    layers: Any = small.get_submodule(name)
+    parent = small.get_submodule(name.rpartition(".")[0])
+    setattr(parent, name.rpartition(".")[2], nn.ModuleList([layers[k] for k in kept]))
+    for index, layer in enumerate(small.get_submodule(name).children()):
+        for module in layer.modules():
+            if isinstance(getattr(module, "layer_idx", None), int):
+                module.layer_idx = index  # type: ignore[assignment]
+    new = small.config.get_text_config()
+    for key, value in new.to_dict().items():
+        if isinstance(value, list) and len(value) == count and hasattr(new, key):
+            setattr(new, key, [value[k] for k in kept])
+    new.num_hidden_layers = len(kept)
+    return small
+
+
+def pays(d_out: int, d_in: int, rank: int) -> bool:
+    """Whether two factors of this rank hold fewer numbers than the matrix: rank < d_out d_in /
+    (d_out + d_in).
+    """
+    return rank * (d_out + d_in) < d_out * d_in
+
+
+@torch.no_grad()
+def factorize(
+    model: PreTrainedModel, factors: Mapping[str, Factors], targets: Sequence[Target], share: float
+) -> tuple[PreTrainedModel, dict[str, int]]:
+    """A new model whose targets are products of two thin matrices where that is smaller: W ~ L R.
+
+    The rank-r factors minimize E|g^T (W - L R) a|^2 in the Kronecker metric: with S_G, S_A
+    symmetric square roots of G and A (damped by 1e-4 of their mean eigenvalue), the truncated
+    singular value decomposition of S_G W S_A, mapped back. The smallest r that keeps `share` of the
+    squared singular mass is taken; a target where this does not pay stays whole. A factored target
+    becomes `nn.Sequential(right, left)`, which no plain class loads: `surgery.export` gives the
+    checkpoint a model type of its own. Returns the model and the rank by target. Raises ValueError
+    for a share outside ]0, 1] and for Conv1D matrices.
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"share {share:g}: expected above 0 and at most 1")
+    small = copy.deepcopy(model)
+    ranks: dict[str, int] = {}
+    for target in targets:
+        if target.kind != "linear":
+            raise ValueError(
+                f"{target.name} is a Conv1D matrix: low rank is made for nn.Linear only"
+            )
+        roots = []
+        for side in ("G", "A"):
+            factor = getattr(factors[target.name], side).double()
+            basis = eigh(factor, f"factor {side} of {target.name}")
+            values = (basis.values + 1e-4 * basis.values.mean()).clamp_min(1e-30).sqrt()
+            roots.append((basis.vectors, values))
+        (U_G, s_G), (U_A, s_A) = roots
+        weight = target.weight.detach().to(U_G)
+        scaled = s_G[:, None] * (U_G.T @ weight @ U_A) * s_A
+        left, values, right = torch.linalg.svd(scaled, full_matrices=False)
+        reached = (values**2).cumsum(0)
+        rank = len(values)
+        if share < 1:
+            rank = int(torch.searchsorted(reached, share * reached[-1])) + 1
+        if not pays(target.d_out, target.d_in, rank):
+            continue
+        L = U_G @ ((left[:, :rank] * values[:rank]) / s_G[:, None])
+        R = (right[:rank] / s_A) @ U_A.T
+        like = target.parameter
+        thin = nn.Sequential(
+            nn.Linear(target.d_in, rank, bias=False),
+            nn.Linear(rank, target.d_out, bias=target.bias is not None),
+        ).to(device=like.device, dtype=like.dtype)
+        thin[0].weight.copy_(R)
+        thin[1].weight.copy_(L)
+        if target.bias is not None:
+            thin[1].bias.copy_(target.bias)
+        parent = small.get_submodule(target.name.rpartition(".")[0])
+        setattr(parent, target.name.rpartition(".")[2], thin.train(model.training))
+        ranks[target.name] = rank
+    return small, ranks
 
 
 def parameter_count(model: nn.Module) -> int:

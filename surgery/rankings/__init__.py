@@ -33,7 +33,7 @@ from surgery.rankings import (
     svd,
     wanda,
 )
-from surgery.rankings.base import Operation, Ranking, mix_factors
+from surgery.rankings.base import Operation, Ranking, mix_factors, shares_of
 
 RANKINGS: dict[str, Ranking] = {
     module.RANKING.name: module.RANKING
@@ -59,6 +59,11 @@ RANKINGS: dict[str, Ranking] = {
 MEMORIZED = "memorized"
 
 
+def is_memorized(name: str) -> bool:
+    """True for the population `memorized` and its parts, `memorized/<part>`."""
+    return name == MEMORIZED or name.startswith(f"{MEMORIZED}/")
+
+
 def plan_surgery(
     model: nn.Module,
     method: str,
@@ -76,12 +81,13 @@ def plan_surgery(
 ) -> Plan:
     """Rank the components of `model` by `method` and plan their removal.
 
-    factors: by population, then by target name; the population `memorized` is what must go, every
-    other one is kept, mixed with the weights `keep` (equal by default). targets: matrices to edit
-    (edit methods). layers: decoder layers whose neurons are ranked (neuron methods; all by
-    default). strength: see `RANKINGS[method].strength`. populations, tokenizer: the text, for the
-    methods that make passes of their own (`needs_populations`). model_hash: `model_sha256(model)`
-    where the caller has it already. settings: see `RANKINGS[method].settings`.
+    factors: by population, then by target name; the population `memorized` (or several,
+    `memorized/<part>`) is what must go, every other one is kept, mixed with the weights `keep`
+    (equal by default). targets: matrices to edit (edit methods). layers: decoder layers whose
+    neurons are ranked (neuron methods; all by default). strength: see `RANKINGS[method].strength`.
+    populations, tokenizer: the text, for the methods that make passes of their own
+    (`needs_populations`). model_hash: `model_sha256(model)` where the caller has it already.
+    settings: see `RANKINGS[method].settings`.
 
     Raises ValueError on an unknown method or setting, a strength out of bounds, and a population
     that the method needs and that was not given.
@@ -106,7 +112,7 @@ def plan_surgery(
         raise ValueError(
             f"{method}: grain {chosen['grain']!r} is unknown: expected neurons or weights"
         )
-    if ranking.needs_memorized and MEMORIZED not in factors:
+    if ranking.needs_memorized and not any(map(is_memorized, factors)):
         raise ValueError(
             f"{method} needs the memorized population, which was not given: give --memorized or "
             "another method"
@@ -118,7 +124,8 @@ def plan_surgery(
                 f"{method} needs the text of the {name} population and the tokenizer, which were "
                 "not given"
             )
-    kept = {name: f for name, f in factors.items() if name != MEMORIZED}
+    kept = {name: f for name, f in factors.items() if not is_memorized(name)}
+    gone = {name: f for name, f in factors.items() if is_memorized(name)}
     if ranking.needs_factors and not kept:
         raise ValueError(f"{method} needs the factors of a keep population, which were not given")
     operation = Operation(
@@ -126,12 +133,14 @@ def plan_surgery(
         tuple(targets),
         tuple(mlp_blocks(model, layers)),
         mix_factors(kept, keep) if kept else {},
-        factors.get(MEMORIZED, {}),
+        mix_factors(gone) if gone else {},
         strength,
         seed,
         chosen,
         dict(populations or {}),
         tokenizer,
+        {name: (w, kept[name]) for name, w in shares_of(kept, keep).items()} if kept else {},
+        {name: (w, gone[name]) for name, w in shares_of(gone, None).items()} if gone else {},
     )
     cut = ranking.cut(operation)
     record = {

@@ -23,8 +23,9 @@ class Operation:
     """One call of a ranking: the patient, where to look, what was measured, how strongly to cut.
 
     keep: factors of what must stay, the mean of all keep populations. memorized: factors of what
-    must go (may be empty). populations, tokenizer: the text
-    itself, for methods that make passes of their own.
+    must go (may be empty); both are means over their populations. parts, memorized_parts: the same
+    by population, with weights that sum to 1. populations, tokenizer: the text itself, for methods
+    that make passes of their own.
     """
 
     model: nn.Module
@@ -37,6 +38,8 @@ class Operation:
     settings: Mapping[str, Any]
     populations: Mapping[str, Population] = field(default_factory=dict)
     tokenizer: PreTrainedTokenizerBase | None = None
+    parts: Mapping[str, tuple[float, Mapping[str, Factors]]] = field(default_factory=dict)
+    memorized_parts: Mapping[str, tuple[float, Mapping[str, Factors]]] = field(default_factory=dict)
     memo: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     def eigh(self, matrix: torch.Tensor, name: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -200,6 +203,25 @@ def zero_lowest(
     return weight.scatter(1, lowest, 0.0), gone * weight.shape[0], weight.numel()
 
 
+def shares_of(
+    populations: Mapping[str, Mapping[str, Factors]], weights: Mapping[str, float] | None
+) -> dict[str, float]:
+    """Weights of the populations, normalized to sum 1, without those of weight 0; equal where None.
+    Raises ValueError on a weight for an unknown population, on negative weights and where all are
+    zero.
+    """
+    shares = {name: 1.0 for name in populations} if weights is None else dict(weights)
+    unknown = sorted(set(shares) - set(populations))
+    if unknown:
+        raise ValueError(
+            f"keep weights name {', '.join(unknown)}: expected some of {', '.join(populations)}"
+        )
+    if any(w < 0 for w in shares.values()) or sum(shares.values()) <= 0:
+        raise ValueError("keep weights must not be negative and must not all be zero")
+    total = sum(shares.values())
+    return {name: w / total for name, w in shares.items() if w > 0}
+
+
 def mix_factors(
     populations: Mapping[str, Mapping[str, Factors]], weights: Mapping[str, float] | None = None
 ) -> dict[str, Factors]:
@@ -212,18 +234,10 @@ def mix_factors(
     """
     if not populations:
         raise ValueError("no keep population was given: give a reasoning or reference population")
-    shares = {name: 1.0 for name in populations} if weights is None else dict(weights)
-    unknown = sorted(set(shares) - set(populations))
-    if unknown:
-        raise ValueError(
-            f"keep weights name {', '.join(unknown)}: expected some of {', '.join(populations)}"
-        )
-    if any(w < 0 for w in shares.values()) or sum(shares.values()) <= 0:
-        raise ValueError("keep weights must not be negative and must not all be zero")
-    used = {name: populations[name] for name, w in shares.items() if w > 0}
+    shares = shares_of(populations, weights)
+    used = {name: populations[name] for name in shares}
     if len(used) == 1:
         return dict(next(iter(used.values())))
-    total = sum(shares[name] for name in used)
     first = next(iter(used.values()))
     for name, factors in used.items():
         if set(factors) != set(first):
@@ -239,7 +253,7 @@ def mix_factors(
         if key not in memo:
             pairs = zip(used, parts, strict=True)
             memo[key] = sum(
-                (shares[name] / total * part for name, part in pairs), torch.zeros_like(parts[0])
+                (shares[name] * part for name, part in pairs), torch.zeros_like(parts[0])
             )
         return memo[key]
 

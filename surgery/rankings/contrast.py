@@ -10,11 +10,18 @@ V_G^-1 W V_A^-T. The minimum of keep-cost + t * memory is closed: C_ij <- C_ij /
 alpha_j). Memory factors come from logit margins (recited tokens have almost no loss gradient), keep
 factors from sampled labels.
 
+Several populations: `mixture` joint mixes their factors first (one Kronecker product for all, which
+takes the populations for one text); `mixture` separate keeps a Kronecker product for each and
+minimizes sum_p w_p keep_p + t sum_m w_m memory_m by conjugate gradients, preconditioned by the
+closed form of the joint mixture.
+
 eps trades transfer to unseen memories against clean perplexity; t is the strength. `hard`:
 components with t gamma_i alpha_j >= 1 are cut and the others stay untouched.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 
@@ -54,6 +61,82 @@ def generalized_eigh(
     return values, basis, basis.T @ metric
 
 
+def conjugate_gradients(
+    apply: Callable[[torch.Tensor], torch.Tensor],
+    right: torch.Tensor,
+    precondition: torch.Tensor,
+    *,
+    iterations: int = 300,
+    tolerance: float = 1e-6,
+) -> tuple[torch.Tensor, float]:
+    """Solve apply(E) = right for a symmetric positive definite `apply`, with a diagonal
+    preconditioner: (E, relative residual).
+    """
+    found = torch.zeros_like(right)
+    residual = right.clone()
+    z = residual * precondition
+    direction, rho = z, (residual * z).sum()
+    scale = right.norm().clamp_min(1e-300)
+    for _ in range(iterations):
+        if float(residual.norm() / scale) < tolerance:
+            break
+        moved = apply(direction)
+        step = rho / (direction * moved).sum()
+        found = found + step * direction
+        residual = residual - step * moved
+        z = residual * precondition
+        rho, before = (residual * z).sum(), rho
+        direction = z + rho / before * direction
+    return found, float(residual.norm() / scale)
+
+
+def separate_step(
+    operation: Operation,
+    target: Target,
+    coefficients: torch.Tensor,
+    basis_g: torch.Tensor,
+    basis_a: torch.Tensor,
+) -> torch.Tensor:
+    """The update E in the joint contrast bases that minimizes sum_p w_p keep_p(E) + t sum_m w_m
+    memory_m(C + E), where every population has its own Kronecker product. Raises ValueError where
+    conjugate gradients stall.
+    """
+    eps = operation.settings["eps"]
+    eps_output = (
+        eps if operation.settings["eps_output"] is None else operation.settings["eps_output"]
+    )
+
+    def project(factor: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
+        return basis.T @ factor.to(basis) @ basis
+
+    keeps, memories = [], []
+    for weight, factors in operation.parts.values():
+        f = factors[target.name]
+        G, A = project(damped(f.G, eps_output), basis_g), project(damped(f.A, eps), basis_a)
+        keeps.append((weight * G, A))
+    for weight, factors in operation.memorized_parts.values():
+        f = factors[target.name]
+        G, A = project(f.G.double(), basis_g), project(f.A.double(), basis_a)
+        memories.append((operation.strength * weight * G, A))
+
+    def apply(E: torch.Tensor) -> torch.Tensor:
+        return torch.stack([G @ E @ A for G, A in (*keeps, *memories)]).sum(0)
+
+    right = -torch.stack([G @ coefficients @ A for G, A in memories]).sum(0)
+    # Exact diagonal of the operator: a better preconditioner than 1 / (1 + t alpha gamma), and
+    # free.
+    diagonal = torch.stack(
+        [torch.outer(G.diagonal(), A.diagonal()) for G, A in (*keeps, *memories)]
+    ).sum(0)
+    step, left = conjugate_gradients(apply, right, 1 / diagonal)
+    if not left < 1e-2:
+        raise ValueError(
+            f"{target.name}: the contrast of several populations did not converge (residual "
+            f"{left:.1g}): raise eps or use mixture joint"
+        )
+    return step
+
+
 def edit(
     operation: Operation, target: Target, weight: torch.Tensor
 ) -> tuple[torch.Tensor | None, int, int]:
@@ -71,6 +154,10 @@ def edit(
     products = t * gamma[:, None] * alpha[None, :]
     removed = int((products >= 1).sum())
     coefficients = inverse_g @ weight64 @ inverse_a.T
+    several = len(operation.parts) + len(operation.memorized_parts) > 2
+    if operation.settings["mixture"] == "separate" and several:
+        step = separate_step(operation, target, coefficients, basis_g, basis_a)
+        return (weight64 + basis_g @ step @ basis_a.T).float(), removed, weight.numel()
     if operation.settings["hard"]:
         if removed == 0:
             return None, 0, weight.numel()
@@ -84,6 +171,15 @@ def edit(
 def cut(operation: Operation) -> Cut:
     if operation.settings["eps"] <= 0:
         raise ValueError(f"contrast: eps is {operation.settings['eps']}: expected a number above 0")
+    if operation.settings["mixture"] not in ("joint", "separate"):
+        raise ValueError(
+            f"contrast: mixture {operation.settings['mixture']!r} is unknown: expected joint or "
+            "separate"
+        )
+    if operation.settings["hard"] and operation.settings["mixture"] == "separate":
+        raise ValueError(
+            "contrast: a hard cut needs mixture joint, whose components are independent"
+        )
     return edit_targets(operation, edit)
 
 
@@ -96,5 +192,5 @@ RANKING = Ranking(
     log=True,
     needs_memorized=True,
     bounds=(0.0, float("inf")),
-    settings={"eps": 0.1, "eps_output": None, "hard": False},
+    settings={"eps": 0.1, "eps_output": None, "hard": False, "mixture": "joint"},
 )

@@ -26,7 +26,7 @@ def small_settings(method):
 
 @pytest.mark.parametrize("method", RANKINGS)
 def test_every_method_plans_and_applies(method, tiny_llama, targets, factors, texts, ids):
-    strength = 3 if method in ("ascent", "npo") else None
+    strength = {"ascent": 3, "npo": 3, "rows": 0.8, "svd": 0.8}.get(method)
     before = {k: v.clone() for k, v in tiny_llama.state_dict().items()}
     plan = plan_surgery(
         tiny_llama,

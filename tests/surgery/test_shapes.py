@@ -1,0 +1,96 @@
+"""Models of odd shapes: dropped layers load plainly, ragged and factored ones with their own
+modelling file, loudly.
+"""
+
+import json
+
+import pytest
+import torch
+from architectures import ARCHITECTURES, build
+from transformers import AutoModel, AutoModelForCausalLM
+
+from curvature.targets import mlp_blocks, select_targets
+from surgery.export import export
+from surgery.rankings import plan_surgery
+from surgery.shapes import own_type
+from surgery.shrink import drop_layers, factorize, parameter_count, pays, shrink
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_dropped_layers_load_in_the_plain_class(architecture, tmp_path, ids):
+    model = build(architecture, num_hidden_layers=4)
+    small = drop_layers(model, [0, 3])
+    assert small.config.num_hidden_layers == 2
+    assert own_type(small) is None
+    small.save_pretrained(tmp_path)
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    with torch.no_grad():
+        expected = small(input_ids=ids).logits
+        assert torch.equal(loaded(input_ids=ids).logits, expected)
+        # With the cache, which is addressed by layer index.
+        cached = loaded.generate(ids[:1], max_new_tokens=3, do_sample=False, use_cache=True)
+        plain = loaded.generate(ids[:1], max_new_tokens=3, do_sample=False, use_cache=False)
+    assert torch.equal(cached, plain)
+
+
+def test_layers_that_do_not_exist_are_refused(tiny_llama):
+    with pytest.raises(ValueError, match="layers 0 to 1"):
+        drop_layers(tiny_llama, [0, 2])
+
+
+@pytest.mark.parametrize("architecture", ["Llama", "Olmo2", "Qwen3"])
+def test_ragged_widths_travel_with_their_own_class(architecture, tmp_path, tokenizer, ids):
+    model = build(architecture)
+    plan = plan_surgery(model, "random", {}, strength=0.5, layers=[1])
+    small = shrink(model, plan, uniform=False)
+    assert [block.neurons for block in mlp_blocks(small)] == [24, 12]
+    export(small, tokenizer, tmp_path / "out", "card")
+    with pytest.raises((ValueError, KeyError)):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=False)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=ids).logits, small(input_ids=ids).logits)
+    body = AutoModel.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert [b.neurons for b in mlp_blocks(body)] == [24, 12]
+
+
+def test_factored_matrices_have_a_model_type_of_their_own(
+    tmp_path, tiny_llama, tokenizer, factors, targets, ids
+):
+    small, ranks = factorize(tiny_llama, factors["reasoning"], targets, 0.6)
+    assert ranks
+    assert parameter_count(small) < parameter_count(tiny_llama)
+    for name, rank in ranks.items():
+        old = tiny_llama.get_submodule(name).weight
+        assert pays(*old.shape, rank)
+        thin = small.get_submodule(name)
+        assert torch.linalg.matrix_rank(thin[1].weight @ thin[0].weight) <= rank
+    export(small, tokenizer, tmp_path / "out", "card")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["model_type"] == "lethe_llama"
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=ids).logits, small(input_ids=ids).logits)
+
+
+def test_full_share_leaves_every_matrix_whole(tiny_llama, factors, targets):
+    small, ranks = factorize(tiny_llama, factors["reasoning"], targets, 1.0)
+    assert ranks == {}
+    assert parameter_count(small) == parameter_count(tiny_llama)
+
+
+def test_truncation_is_optimal_in_the_kronecker_metric(tiny_llama, factors):
+    """Cheaper, in tr(D^T G D A), than plain truncation at the same rank."""
+    target = select_targets(tiny_llama)[-1]
+    small, ranks = factorize(tiny_llama, factors["reasoning"], [target], 0.7)
+    thin, f = small.get_submodule(target.name), factors["reasoning"][target.name]
+    W = target.weight.detach()
+    U, s, V = torch.linalg.svd(W, full_matrices=False)
+    r = ranks[target.name]
+
+    def cost(new):
+        return float((((f.G @ (W - new)) @ f.A) * (W - new)).sum())
+
+    assert cost((thin[1].weight @ thin[0].weight).detach()) < cost((U[:, :r] * s[:r]) @ V[:r])
