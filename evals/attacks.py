@@ -225,3 +225,79 @@ def few_shot_pairs(
             picked.pop()
         out.append((text, target))
     return out
+
+
+@dataclass(frozen=True)
+class Robustness:
+    """Recall of one group of items of one arm before and after an attack without training, in
+    [0, 1]. note: why `after` is None, where it is."""
+
+    attack: str
+    arm: str
+    group: str
+    n: int
+    before: float
+    after: float | None
+    note: str = ""
+
+
+def robustness(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    groups: Mapping[str, Pairs],
+    *,
+    arm: str,
+    neighbours: Sequence[str] = (),
+    bits: Sequence[int] = (8, 4),
+    tries: int = 8,
+    temperature: float = 1.0,
+    shots: int = 4,
+    batch_size: int = 64,
+    seed: int = 0,
+) -> list[Robustness]:
+    """Rounding to few bits, sampling several times, and prompting with neighbours, per group.
+
+    neighbours: whole texts of the same kind for few-shot prompts; without them that attack is left
+    out. A rounded model whose logits are not finite gives None with a note.
+    """
+    context = getattr(model.config, "max_position_embeddings", None)
+    everything = [pair for pairs in groups.values() for pair in pairs]
+    plain = [r.strict for r in recite(model, tokenizer, everything, batch_size)]
+    attacks: list[tuple[str, list[bool] | None, str]] = []
+    for width in bits:
+        name = f"rounded to {width} bits"
+        try:
+            rounded = round_to_nearest(model, width)
+            hits = [r.strict for r in recite(rounded, tokenizer, everything, batch_size)]
+            attacks.append((name, hits, ""))
+        except ValueError as error:
+            if "non-finite" not in str(error):
+                raise
+            attacks.append((name, None, f"not available: {error}"))
+    if tries:
+        sampled = sampled_hits(
+            model,
+            tokenizer,
+            everything,
+            tries=tries,
+            temperature=temperature,
+            batch_size=batch_size,
+            seed=seed,
+        )
+        attacks.append((f"{tries} samples at temperature {temperature:g}", sampled, ""))
+    if neighbours:
+        prompted = few_shot_pairs(
+            everything, neighbours, tokenizer, shots=shots, context=context, seed=seed
+        )
+        hits = [r.strict for r in recite(model, tokenizer, prompted, batch_size)]
+        attacks.append((f"after {shots} neighbours", hits, ""))
+    rows = []
+    for name, got, note in attacks:
+        start = 0
+        for group, pairs in groups.items():
+            part = slice(start, start + len(pairs))
+            start += len(pairs)
+            before = float(np.mean(plain[part]))
+            after = None if got is None else float(np.mean(got[part]))
+            rows.append(Robustness(name, arm, group, len(pairs), before, after, note))
+    return rows

@@ -221,7 +221,7 @@ def compare(
     rows = []
     for task in base:
         other = after[task.task]
-        if task.value is None or other.value is None:
+        if task.value is None or other.value is None or not task.samples:
             continue
         a, b = paired_scores(task, other)
         interval, p = difference_interval(a, b, draws=draws, seed=seed)

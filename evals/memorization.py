@@ -7,13 +7,22 @@ right (each step then sees the same context), so strict accuracy needs no genera
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from rapidfuzz.distance import Levenshtein
+from scipy.stats import mannwhitneyu
 from torch import nn
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from evals.generation import generate
+
+LOOSE = 0.75
+"""Token Levenshtein similarity from which a continuation counts as loosely recited."""
 
 
 @dataclass(frozen=True)
@@ -105,3 +114,83 @@ def recite(
                 bool(right.all()), float(right.float().mean()), 1 - revealed / n, float(logprob), n
             )
     return [r for r in out if r is not None]
+
+
+def similarities(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[tuple[str, str]],
+    batch_size: int = 32,
+    progress: str | None = None,
+) -> list[float]:
+    """Token Levenshtein similarity of the greedy continuation to the target, 1 - distance / longer
+    length, in [0, 1]; loose accuracy is the share of at least LOOSE. This needs generation: after
+    the first wrong token a teacher-forced pass sees another context than the model would."""
+    encoded = [encode_pair(tokenizer, *pair) for pair in pairs]
+    written = generate(
+        model,
+        tokenizer,
+        [ids[:start] for ids, start in encoded],
+        new_tokens=[len(ids) - start for ids, start in encoded],
+        batch_size=batch_size,
+        stop=False,
+        progress=progress,
+    )
+    return [
+        Levenshtein.normalized_similarity(tries[0], ids[start:])
+        for (ids, start), tries in zip(encoded, written, strict=True)
+    ]
+
+
+def tries_needed(logprob: float, p: float = 0.9) -> float:
+    """(n, p)-extractability: the smallest n such that n independent samples at temperature 1 hold
+    the whole target at least once with probability p: n = ceil(log(1 - p) / log(1 - exp(logprob))).
+
+    Infinite where the target's probability is zero in floating point. Source: Hayes et al.,
+    "Measuring memorization in language models via probabilistic extraction", arXiv 2410.19482.
+    """
+    if not 0 < p < 1:
+        raise ValueError(f"p is {p}: expected a probability between 0 and 1")
+    if logprob > 0:
+        raise ValueError(f"logprob is {logprob}: expected the logarithm of a probability")
+    probability = math.exp(logprob)
+    if probability == 1:
+        return 1.0
+    failure = math.log1p(-probability)
+    if failure == 0:
+        return math.inf
+    return float(max(1, math.ceil(math.log1p(-p) / failure)))
+
+
+def extractable_share(scores: Sequence[Recitation], n: int, p: float = 0.9) -> float:
+    """Share of items that n samples at temperature 1 extract with probability p or more."""
+    if not scores:
+        raise ValueError("no items: there is no share to take")
+    return sum(tries_needed(min(0.0, s.logprob), p) <= n for s in scores) / len(scores)
+
+
+def canary_exposure(planted: Sequence[float], never: Sequence[float]) -> list[float]:
+    """Exposure in bits of each planted item: log2(|R|) - log2(rank) among itself and the items that
+    were never shown, by log-probability (highest first). R is the never-shown set and the item.
+
+    The most that |R| items can show is log2(|R|) bits; a rank shared by ties is their mean. The two
+    sets must be drawn alike. Source: Carlini et al., "The Secret Sharer", arXiv 1802.08232.
+    """
+    if not never:
+        raise ValueError("exposure needs items that were never shown to rank against")
+    others = np.asarray(never, float)
+    size = len(others) + 1
+    return [
+        math.log2(size) - math.log2(1 + (others > x).sum() + 0.5 * (others == x).sum())
+        for x in planted
+    ]
+
+
+def membership_auroc(members: Sequence[float], others: Sequence[float]) -> float:
+    """Probability that a member scores above a non-member (ties half): the Mann-Whitney form of the
+    AUROC. 0.5 is what chance gives. Only meaningful where members and non-members are drawn alike,
+    as the organism's exposure rungs are; a user's own text seldom is."""
+    if not members or not others:
+        raise ValueError("membership needs items of both kinds: members and never-shown ones")
+    wins = mannwhitneyu(members, others, method="asymptotic").statistic
+    return float(wins / (len(members) * len(others)))

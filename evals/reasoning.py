@@ -22,9 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import lm_eval
-from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
 from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -33,6 +30,24 @@ from curvature.populations import Document
 from evals.memorization import encode_pair
 
 TASK_FOLDER = Path(__file__).parent / "tasks"
+
+PRESETS: dict[str, tuple[str, ...]] = {
+    "closed-book": ("triviaqa", "nq_open", "webqs"),
+    "open-book": ("boolq", "squadv2", "drop", "coqa"),
+    "arithmetic": ("arithmetic_2da", "arithmetic_2ds", "asdiv", "gsm8k"),
+    "logic": (
+        "bbh_cot_fewshot_boolean_expressions",
+        "bbh_cot_fewshot_logical_deduction_three_objects",
+        "winogrande",
+        "logiqa2",
+    ),
+    "recitation": ("inverse_scaling_memo_trap",),
+    "language": ("wikitext", "lambada_openai", "hellaswag"),
+}
+"""The standard spectrum, from what behaves like memory to what does not, in lm-eval's own names."""
+
+ACCURACIES = ("acc", "exact_match", "em", "exact", "f1", "acc_norm")
+"""The metric that is reported where a task lists several: the first of these, else its first."""
 
 
 @dataclass(frozen=True)
@@ -72,20 +87,28 @@ class TaskResult:
         return hashlib.sha256("".join(s.doc_hash for s in self.samples).encode()).hexdigest()
 
 
-class _QuietHFLM(HFLM):
-    """HFLM without its own progress bars; counts what it does on ours instead."""
+@functools.cache
+def _quiet_hflm() -> Any:
+    """HFLM without its own progress bars, which counts what it does on ours instead. lm-eval takes
+    seconds to import, so that is done where it is used."""
+    from lm_eval.models.huggingface import HFLM
 
-    bar: Any = None
+    class QuietHFLM(HFLM):
+        bar: Any = None
 
-    def _loglikelihood_tokens(
-        self, requests: Any, disable_tqdm: bool = True, override_bs: int | None = None
-    ) -> Any:
-        return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
+        def _loglikelihood_tokens(
+            self, requests: Any, disable_tqdm: bool = True, override_bs: int | None = None
+        ) -> Any:
+            return super()._loglikelihood_tokens(
+                requests, disable_tqdm=True, override_bs=override_bs
+            )
 
-    def _model_call(self, inps: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.bar is not None:
-            self.bar.update(len(inps))
-        return super()._model_call(inps, *args, **kwargs)
+        def _model_call(self, inps: Any, *args: Any, **kwargs: Any) -> Any:
+            if self.bar is not None:
+                self.bar.update(len(inps))
+            return super()._model_call(inps, *args, **kwargs)
+
+    return QuietHFLM
 
 
 @contextlib.contextmanager
@@ -102,9 +125,11 @@ def _quiet() -> Iterator[None]:
 
 
 @functools.lru_cache(maxsize=1)
-def _default_tasks() -> TaskManager:
+def _default_tasks() -> Any:
     """lm-eval's own index takes seconds to read: once per process, and only where a name needs
     it."""
+    from lm_eval.tasks import TaskManager
+
     return TaskManager()
 
 
@@ -151,6 +176,8 @@ def _load(
     name."""
     local = [key for key in asked.values() if key is not None]
     named = [name for name, key in asked.items() if key is None]
+    from lm_eval.tasks import TaskManager
+
     loaded: list[Any] = []
     with _quiet():
         if local:
@@ -171,7 +198,8 @@ def _load(
             if unknown:
                 raise ValueError(
                     f"unknown task {', '.join(map(repr, unknown))}: neither lm-eval nor "
-                    f"{TASK_FOLDER} has it (list them with `lm_eval ls tasks`), or give its documents in a file"
+                    f"{TASK_FOLDER} has it (list them with `lm_eval ls tasks`), or give its "
+                    "documents in a file"
                 )
             try:
                 loaded += manager.load(named)["tasks"].values()
@@ -210,12 +238,19 @@ def _result(task: str, name: str, output: Mapping[str, Any], duplicates: int) ->
         return TaskResult(
             name, version, "", "", None, (), duplicates, "lm-eval returned no samples"
         )
-    metric, chosen = raw[0]["metrics"][0], raw[0]["filter"]
+    listed, chosen = raw[0]["metrics"], raw[0]["filter"]
+    metric = next((m for m in ACCURACIES if m in listed), listed[0])
     samples = []
-    for sample in sorted((s for s in raw if s["filter"] == chosen), key=lambda s: s["doc_id"]):
-        samples.append(
-            Sample(sample["doc_id"], sample["doc_hash"], _scalar(sample[metric]), _logprob(sample))
-        )
+    try:
+        for sample in sorted((s for s in raw if s["filter"] == chosen), key=lambda s: s["doc_id"]):
+            score, logprob = _scalar(sample[metric]), _logprob(sample)
+            samples.append(Sample(sample["doc_id"], sample["doc_hash"], score, logprob))
+    except (TypeError, ValueError):
+        # some metrics exist over the whole set only: keep lm-eval's figure, without paired tests
+        total = output["results"][task].get(f"{metric},{chosen}")
+        value = float(total) if isinstance(total, int | float) else None
+        note = f"{metric} has no score per document: no paired test"
+        return TaskResult(name, version, metric, chosen, value, (), duplicates, note)
     broken = sum(
         not math.isfinite(s.score) or (s.logprob is not None and math.isnan(s.logprob))
         for s in samples
@@ -244,14 +279,18 @@ def evaluate_reasoning(
     tasks: name -> documents. A name `x` with documents uses `organism_x.yaml` where that exists and
     the generic `prompt_answer.yaml` otherwise: metric `acc` = the whole answer is the greedy
     continuation. A name without documents (None) is a task of `include_path` or one of lm-eval's
-    own (groups and tags expand to their tasks), scored with the first metric and filter that it
-    lists. batch_size, num_fewshot, limit, apply_chat_template: as lm-eval names them.
+    own (groups and tags expand to their tasks), scored with the first of ACCURACIES that it lists
+    and its first filter. batch_size, num_fewshot, limit, apply_chat_template: as lm-eval names
+    them.
 
     Returns one TaskResult per task, samples in the order of the documents. Duplicate documents are
     dropped and counted. Non-finite log-probabilities make that task's value None with a note (never
     0). Raises ValueError on an unknown task, an empty list, a border inside a token, and a document
     longer than the context.
     """
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
     if not tasks:
         raise ValueError("no tasks to evaluate: name at least one")
     config = getattr(model, "config", None)
@@ -272,9 +311,9 @@ def evaluate_reasoning(
             names[asked[name] or name] = name
         loaded = _load(asked, Path(folder), include_path)
         with _quiet():
-            lm = _QuietHFLM(
-                pretrained=model,  # type: ignore[arg-type]
-                tokenizer=tokenizer,  # type: ignore[arg-type]
+            lm = _quiet_hflm()(
+                pretrained=model,
+                tokenizer=tokenizer,
                 batch_size=batch_size,
             )
         with tqdm(desc=progress, disable=progress is None, leave=False, unit=" requests") as bar:

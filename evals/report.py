@@ -250,6 +250,22 @@ def forms_table(forms: Sequence[Mapping[str, Any]]) -> Table:
     )
 
 
+def runs_table(folders: Sequence[str | Path]) -> Table:
+    """Several runs side by side: one row per number of the verdict, one column per run."""
+    if not folders:
+        raise ValueError("no runs to compare: name one run folder at least")
+    verdicts = [Verdict.from_json(read_results(folder)["verdict"]) for folder in folders]
+    rows = []
+    for name in verdicts[0].to_json():
+        if name in ("controls", "intervals", "notes"):
+            continue
+        values = [_number(getattr(v, name)) for v in verdicts]
+        if any(value != "not available" for value in values):
+            rows.append((name, *values))
+    columns = ("number", *(Path(folder).name for folder in folders))
+    return Table("Runs", "Numbers of each run's verdict, on its test split.", columns, tuple(rows))
+
+
 def _cell(text: str) -> str:
     """One line of a Markdown table or code span."""
     return str(text).replace("\n", " ").replace("|", "\\|").replace("`", "'").strip()

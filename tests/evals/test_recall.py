@@ -1,0 +1,138 @@
+"""Looser measures of memory against their definitions."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from evals.evalset import Item
+from evals.memorization import (
+    LOOSE,
+    Recitation,
+    canary_exposure,
+    extractable_share,
+    membership_auroc,
+    recite,
+    similarities,
+    tries_needed,
+)
+from evals.organism import world
+from evals.recall import ask_in_every_form, forms_section, recall_by_family
+
+
+@given(st.floats(-12, -1e-6), st.floats(0.05, 0.99))
+def test_tries_needed_is_the_smallest_number_that_suffices(logprob, p):
+    n = tries_needed(logprob, p)
+    q = math.exp(logprob)
+    assert 1 - (1 - q) ** n >= p - 1e-6
+    if n > 1:
+        assert 1 - (1 - q) ** (n - 1) < p + 1e-6
+
+
+def test_tries_needed_at_the_ends():
+    assert tries_needed(0.0) == 1
+    assert tries_needed(-1e-300) == 1
+    assert tries_needed(-1e4) == math.inf
+    with pytest.raises(ValueError, match="logarithm"):
+        tries_needed(0.5)
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        tries_needed(-1.0, 1.0)
+
+
+def test_extractable_share_counts_what_sampling_finds_though_greedy_does_not():
+    scores = [Recitation(False, 0.5, 0.0, math.log(0.3), 4), Recitation(False, 0.0, 0.0, -50.0, 4)]
+    assert extractable_share(scores, 100) == 0.5
+
+
+def test_exposure_is_the_rank_in_bits():
+    never = list(-np.arange(1.0, 16.0))
+    assert canary_exposure([0.0], never) == [pytest.approx(4.0)]
+    assert canary_exposure([-100.0], never) == [pytest.approx(0.0)]
+    assert canary_exposure([-1.5], never) == [pytest.approx(4 - 1)]
+    with pytest.raises(ValueError, match="never shown"):
+        canary_exposure([0.0], [])
+
+
+@given(st.lists(st.integers(0, 5), min_size=1), st.lists(st.integers(0, 5), min_size=1))
+def test_membership_is_the_area_under_the_curve(members, others):
+    wins = np.mean([(m > o) + 0.5 * (m == o) for m in members for o in others])
+    assert membership_auroc(members, others) == pytest.approx(wins)
+
+
+def test_similarity_is_one_exactly_where_greedy_decoding_recites(tiny_llama, tokenizer):
+    pairs = [(d.prompt, d.answer) for d in world.problems(0, "sort", 6, "test")]
+    one, many = (similarities(tiny_llama, tokenizer, pairs, batch_size=n) for n in (1, 8))
+    assert one == many
+    strict = [r.strict for r in recite(tiny_llama, tokenizer, pairs)]
+    assert [s == 1 for s in one] == strict
+    assert all(0 <= s <= 1 for s in one)
+    assert 0 < LOOSE < 1
+
+
+def _items():
+    out = []
+    for k, item in enumerate(
+        i for i in world.items(0) if i.family in ("fact", "passage") and i.exposure in (0, 256)
+    ):
+        if k % 60 == 0:
+            out.append(
+                Item(
+                    item.id,
+                    item.family,
+                    item.prompt,
+                    item.target,
+                    item.exposure,
+                    well_exposed=item.exposure == 256,
+                    forms=item.forms,
+                )
+            )
+    return out
+
+
+def test_forms_ask_the_same_in_both_arms_and_the_worst_counts(tiny_llama, tokenizer):
+    items = [i for i in _items() if i.family == "fact"]
+    forms = ask_in_every_form(tiny_llama, tokenizer, items)
+    by_name = {f.form: f for f in forms}
+    assert set(by_name) == {
+        "plain",
+        "reworded",
+        "question",
+        "reversed",
+        "few-shot",
+        "multiple choice",
+        "worst",
+    }
+    direct = [f for f in forms if f.form not in ("multiple choice", "worst")]
+    assert max(f.hits for f in direct) <= by_name["worst"].hits <= sum(f.hits for f in direct)
+    plain = recite(tiny_llama, tokenizer, [i.forms["plain"] for i in items])
+    assert by_name["plain"].hits == sum(r.strict for r in plain)
+    rows = forms_section(forms, forms)
+    assert rows[0]["base"] == rows[0]["edited"]
+    with pytest.raises(ValueError, match="different forms"):
+        forms_section(forms, forms[:-1])
+
+
+def test_a_random_model_chooses_by_chance(tiny_llama, tokenizer):
+    items = [
+        Item(i.id, i.family, i.prompt, i.target, i.exposure, forms=i.forms)
+        for i in world.items(0)
+        if i.family == "fact" and i.exposure == 0
+    ]
+    form = {f.form: f for f in ask_in_every_form(tiny_llama, tokenizer, items, shots=0)}[
+        "multiple choice"
+    ]
+    assert 0.1 < form.rate < 0.45
+
+
+def test_family_figures_come_from_the_one_pass(tiny_llama, tokenizer):
+    items = _items()
+    scores = recite(tiny_llama, tokenizer, [(i.prompt, i.target) for i in items])
+    rows = {r.family: r for r in recall_by_family(items, scores, tiny_llama, tokenizer)}
+    fact = [s for i, s in zip(items, scores) if i.family == "fact" and i.well_exposed]
+    assert rows["fact"].n == len(fact)
+    assert rows["fact"].right == pytest.approx(np.mean([s.right for s in fact]))
+    assert 0 <= rows["fact"].auroc <= 1
+    assert rows["passage"].loose is not None
+    assert recall_by_family(items, scores)[0].loose is None

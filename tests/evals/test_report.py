@@ -1,0 +1,218 @@
+"""The report is built from results.json alone; the page stands by itself and draws every figure."""
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import pytest
+
+from evals.attacks import Curve
+from evals.figures import draw_all
+from evals.report import markdown, runs_table, tables, write_report
+from evals.verdict import Control, judgement_section, reach_verdict, write_results
+
+FIGURES = {
+    "trade-off",
+    "capabilities",
+    "recall",
+    "reasoning",
+    "relearning",
+    "curvature",
+    "hessian",
+    "layers",
+    "cost",
+}
+
+
+@pytest.fixture
+def run(tmp_path, evalset, base, edited):
+    from dataclasses import asdict
+
+    curves = [
+        Curve(
+            arm, "others", group, 1e-3, (0, 5, 10), (0.1, 0.2, 0.3), 10, (True,) * 3 + (False,) * 7
+        )
+        for arm in ("base", "edited")
+        for group in ("held out", "never seen")
+    ]
+    verdict = reach_verdict(
+        evalset,
+        base,
+        edited,
+        curves=[c for c in curves if c.arm == "edited"],
+        controls=[Control("random", 0.5, 0.6, 0.6)],
+    )
+    write_results(
+        tmp_path / "results.json",
+        verdict,
+        recipe={"model": "some/model", "keep_reasoning": 0.97, "families": ["fact"]},
+        provenance={"torch": "2", "hashes": {"material": "<script>alert(1)</script>"}},
+        judgement=judgement_section(evalset, base, edited),
+        attacks=[{**asdict(c), "area": c.area} for c in curves],
+        strength={
+            "base": {"recall": 1.0, "reasoning": 0.9},
+            "candidates": [
+                {"method": "kfac", "strength": s, "recall": 1 - s, "reasoning": 0.9}
+                for s in (0.1, 0.9)
+            ],
+        },
+        spectrum_classes={
+            "logic": {"value": 1.0, "low": 0.9, "high": 1.1, "level": 0.95},
+            "math": None,
+        },
+        curvature={
+            f"model.layers.{k}.mlp.up_proj": {"A": [1.0, 0.1, 0.0], "G": [2.0, 0.5]}
+            for k in range(3)
+        },
+        spectrum={
+            "model.layers.0.mlp.down_proj": {
+                "eigenvalues": [2.0, -1.0],
+                "trace": 3.0,
+                "density_values": [-1.0, 0.0, 2.0],
+                "density_weights": [0.1, 0.8, 0.1],
+            }
+        },
+        layers={"label": "share removed", "values": {"0": 0.1, "1": 0.4}},
+        cost=[{"name": "chosen", "predicted": 0.1, "measured": 0.12}],
+        robustness=[
+            {
+                "attack": "4 bits",
+                "arm": "edited",
+                "group": "held out",
+                "n": 10,
+                "before": 0.2,
+                "after": None,
+                "note": "not available: x",
+            }
+        ],
+        forms=[{"family": "fact", "form": "reversed", "n": 4, "base": 1.0, "edited": 0.0}],
+        samples=[
+            {"kind": "fact", "prompt": "a | `b`", "target": " <b>", "base": " <b>", "edited": ""}
+        ],
+    )
+    return tmp_path
+
+
+def test_every_section_gets_its_figure_and_every_figure_words(run):
+    record = json.loads((run / "results.json").read_text())
+    drawings = draw_all(record)
+    assert {d.name for d in drawings} == FIGURES
+    assert all(len(d.alt) > 20 for d in drawings)
+
+
+def test_sections_that_are_missing_are_left_out(run):
+    record = json.loads((run / "results.json").read_text())
+    slim = {k: record[k] for k in ("schema", "recipe", "provenance", "verdict")}
+    assert draw_all(slim) == []
+    assert "# Lethe on model" in markdown(slim, [])
+    assert tables(slim)[0].title == "Against controls"
+
+
+class _Page(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.ids, self.links, self.tags, self.titled = [], [], [], 0
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        attributes = dict(attrs)
+        if "id" in attributes:
+            self.ids.append(attributes["id"])
+        self.links += [
+            v for k, v in attrs if k in ("src", "href") and v and not v.startswith(("#", "data:"))
+        ]
+
+
+def test_the_page_stands_by_itself(run):
+    write_report(run)
+    text = (run / "report.html").read_text()
+    page = _Page()
+    page.feed(text)
+    assert page.links == []
+    assert "script" not in page.tags
+    assert "&lt;script&gt;alert(1)" in text
+    assert len(page.ids) == len(set(page.ids))
+    assert page.tags.count("svg") == len(FIGURES)
+    assert not re.search(r"@import|url\((?!#)", text)
+    for reference in re.findall(r'(?:url\(#|xlink:href="#)([^")]+)', text):
+        assert reference in page.ids
+    assert "prefers-color-scheme: dark" in text
+    assert "@media print" in text
+
+
+def test_markdown_page_and_results_carry_the_same_numbers(run):
+    write_report(run)
+    md, page = (run / "report.md").read_text(), (run / "report.html").read_text()
+    for number in ("20 % [", "not available: x", "arithmetic", "random"):
+        assert number in md
+        assert number in page
+    assert r"a \| 'b'" in md
+    for name in FIGURES:
+        assert (run / "figures" / f"{name}.svg").exists()
+        assert f"figures/{name}.png" in md
+        assert (run / "figures" / f"{name}.png").stat().st_size > 1000
+
+
+def test_the_same_results_give_the_same_report(run):
+    write_report(run)
+    first = {p.name: p.read_bytes() for p in (run / "figures").iterdir()} | {
+        "html": (run / "report.html").read_bytes()
+    }
+    write_report(run)
+    second = {p.name: p.read_bytes() for p in (run / "figures").iterdir()} | {
+        "html": (run / "report.html").read_bytes()
+    }
+    assert first == second
+
+
+def test_runs_are_tabled_side_by_side(run):
+    table = runs_table([run, run])
+    assert len(table.columns) == 3
+    assert all(row[1] == row[2] for row in table.rows)
+    with pytest.raises(ValueError, match="does not exist"):
+        runs_table([run / "nowhere"])
+
+
+CHROMIUM = next(
+    (c for c in ("chromium", "chromium-browser", "google-chrome", "chrome") if shutil.which(c)),
+    None,
+)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium on the path")
+def test_a_browser_draws_every_figure_without_a_word_on_the_console(run):
+    write_report(run)
+    page = run / "report.html"
+    probe = run / "probe.html"
+    # a script of the test's own, in a copy, writes what the browser laid out into the page
+    probe.write_text(
+        page.read_text().replace(
+            "</body>",
+            "<script>document.body.dataset.drawn = "
+            "JSON.stringify([...document.querySelectorAll('figure svg')].map("
+            "s => { const b = s.getBBox(); return [s.parentNode.id, b.width > 50 && b.height > 50 "
+            "&& s.clientWidth > 100] }))"
+            "</script></body>",
+        )
+    )
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--enable-logging=stderr",
+        "--v=0",
+        "--virtual-time-budget=2000",
+    ]
+    result = subprocess.run(
+        [CHROMIUM, *flags, f"--user-data-dir={run}/profile", "--dump-dom", probe.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=True,
+    )
+    assert "CONSOLE" not in result.stderr
+    drawn = json.loads(re.search(r'data-drawn="([^"]+)"', result.stdout)[1].replace("&quot;", '"'))
+    assert {name for name, _ in drawn} == {f"figure-{name}" for name in FIGURES}
+    assert all(good for _, good in drawn)

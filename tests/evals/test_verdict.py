@@ -1,0 +1,169 @@
+"""The contract of results.json: exact numbers, null with a reason, refused where unreadable."""
+
+import json
+import math
+
+import pytest
+
+from evals.attacks import Curve
+from evals.speed import Speed
+from evals.verdict import (
+    Control,
+    Verdict,
+    answers,
+    judgement_section,
+    percent,
+    reach_verdict,
+    read_results,
+    relearned_share,
+    write_results,
+)
+
+CONTRACT = """
+recall_base recall_edited recall_share recall_share_untargeted recall_share_after_relearning
+reasoning_base reasoning_edited reasoning_share reasoning_share_before_healing arithmetic_share
+knowledge_share_listed knowledge_share_unlisted clean_perplexity_ratio parameters_base
+parameters_edited parameters_share bytes_share tokens_per_second_ratio seconds_total
+peak_memory_bytes controls notes
+""".split()
+
+
+def _curve(hits, group="held out", lr=1e-3, note=""):
+    recall = sum(hits) / len(hits)
+    return Curve("edited", "shown", group, lr, (0, 10), (0.0, recall), len(hits), tuple(hits), note)
+
+
+def _speed(base=100, edited=60):
+    return Speed(10.0, 15.0, 1.5, 100.0, 150.0, 1.5, base, edited, 1000, 600, 3, 8, 4, 2, 1, "cpu")
+
+
+def test_every_number_of_the_contract_by_hand(evalset, base, edited):
+    v = reach_verdict(
+        evalset,
+        base,
+        edited,
+        before_healing=base,
+        curves=[_curve([True] * 3 + [False] * 7, lr=1e-4), _curve([True] * 5 + [False] * 5)],
+        speed=_speed(),
+        bytes_base=200,
+        bytes_edited=130,
+        controls=[Control("random", 0.5, 0.6, 0.6)],
+        seconds_total=12.0,
+        peak_memory_bytes=5,
+    )
+    record = v.to_json()
+    assert set(CONTRACT) <= set(record)
+    assert (v.recall_base, v.recall_edited, v.recall_share) == (1.0, 0.2, pytest.approx(0.2))
+    assert v.recall_share_untargeted == pytest.approx(0.5)
+    assert v.recall_share_after_relearning == pytest.approx(0.5)
+    assert (v.reasoning_base, v.reasoning_edited) == (pytest.approx(0.9), pytest.approx(0.9))
+    assert v.reasoning_share == pytest.approx(1.0)
+    assert v.arithmetic_share == pytest.approx(0.5)
+    assert v.knowledge_share_listed == pytest.approx(2 / 3)
+    assert v.knowledge_share_unlisted == pytest.approx(1 / 3)
+    assert v.clean_perplexity_ratio == pytest.approx(1.1)
+    assert (v.parameters_share, v.bytes_share, v.tokens_per_second_ratio) == (0.6, 0.65, 1.5)
+    assert v.broken is False
+    interval = v.intervals["recall_share"]
+    assert interval.low <= 0.2 <= interval.high
+    assert all(
+        isinstance(x, int | float | bool | None)
+        for k, x in record.items()
+        if k not in ("controls", "intervals", "notes")
+    )
+    assert Verdict.from_json(json.loads(json.dumps(record))) == v
+
+
+def test_a_number_that_could_not_be_had_is_null_with_a_reason(evalset, base, edited):
+    v = reach_verdict(evalset, base, edited)
+    for name in CONTRACT:
+        if name not in ("controls", "notes") and getattr(v, name) is None:
+            assert v.notes[name]
+    assert v.notes["recall_share_after_relearning"]
+
+
+def test_a_share_of_a_base_that_recites_nothing_is_null(evalset, judgement, edited):
+    nothing = judgement(
+        [0] * 24, {"sort": [0] * 10, "copy": [0] * 10, "arithmetic": [0] * 10}, knowledge=[0] * 6
+    )
+    v = reach_verdict(evalset, nothing, edited)
+    assert v.recall_share is None
+    assert v.reasoning_share is None
+    assert "recites none" in v.notes["recall_share"]
+
+
+def test_the_worst_attack_counts_and_a_broken_off_one_does_not(evalset, base):
+    curves = [
+        _curve([True] * 2 + [False] * 8),
+        _curve([True] * 9 + [False], note="not available after step 5"),
+    ]
+    assert relearned_share(evalset, base, curves, "held out").value == pytest.approx(0.2)
+    assert relearned_share(evalset, base, curves, "another") is None
+    with pytest.raises(ValueError, match="scored 3 items"):
+        relearned_share(evalset, base, [_curve([True, False, True])], "held out")
+
+
+@pytest.mark.parametrize(("perplexity", "gibberish"), [(10.0, 0.0), (math.inf, 0.0), (2.0, 0.9)])
+def test_a_model_that_forgot_because_it_broke_is_called_broken(
+    evalset, base, judgement, perplexity, gibberish
+):
+    broken = judgement(
+        [0] * 24,
+        {"sort": [0] * 10, "copy": [0] * 10, "arithmetic": [0] * 10},
+        perplexity,
+        gibberish,
+    )
+    v = reach_verdict(evalset, base, broken)
+    assert v.broken
+    assert "BROKEN" in answers(v)[0][1]
+
+
+def test_four_questions_are_answered_with_intervals(evalset, base, edited):
+    lines = answers(
+        reach_verdict(evalset, base, edited, controls=[Control("random", 0.5, 0.6, 0.6)])
+    )
+    assert len(lines) == 4
+    assert "20 % [" in lines[0][1]
+    assert "not available (speed was not measured" in lines[2][1] or "not available" in lines[2][1]
+    assert "random: recall 50 %" in lines[3][1]
+
+
+def test_percent():
+    assert percent(None) == "not available"
+    assert percent(0.0) == "0 %"
+    assert percent(0.034) == "3.4 %"
+    assert percent(0.5) == "50 %"
+
+
+def test_results_are_written_whole_and_read_back(tmp_path, evalset, base, edited):
+    v = reach_verdict(evalset, base, edited)
+    section = judgement_section(evalset, base, edited)
+    record = write_results(
+        tmp_path / "results.json",
+        v,
+        recipe={"model": "m"},
+        provenance={},
+        judgement=section,
+        odd=[math.nan, math.inf],
+    )
+    assert record["odd"] == [None, None]
+    assert read_results(tmp_path) == json.loads((tmp_path / "results.json").read_text())
+    assert list(record)[:4] == ["schema", "recipe", "provenance", "verdict"]
+    assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
+    assert section["recall_by_exposure"]["edited"]["passage"] == {"256": [2, 10]}
+    assert {t["task"]: t["lost"] for t in section["tasks"]} == {
+        "sort": 1,
+        "copy": 0,
+        "arithmetic": 5,
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [("{", "not JSON"), ('{"schema": 99}', "schema 99"), ("[]", "schema None")]
+)
+def test_results_of_another_kind_are_refused(tmp_path, text, words):
+    (tmp_path / "results.json").write_text(text)
+    with pytest.raises(ValueError, match=words):
+        read_results(tmp_path)
+    with pytest.raises(ValueError, match="does not exist"):
+        read_results(tmp_path / "nowhere")
