@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from curvature.factors import Factors
 from curvature.populations import Batch
@@ -76,6 +78,28 @@ class _Stop(Exception):
 
 
 @torch.no_grad()
+def with_mlp_bias(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of `model` whose MLP matrices have biases (zero ones), where the architecture knows
+    them (`mlp_bias`, as Llama has).
+
+    `refit_in_order` then puts the mean output of removed neurons into down's bias. Raises
+    ValueError for an architecture without MLP biases.
+    """
+    if not hasattr(model.config, "mlp_bias"):
+        raise ValueError(f"{type(model).__name__} has no MLP biases to hold a mean output")
+    richer = copy.deepcopy(model)
+    for block in mlp_blocks(richer):
+        for target in block.targets:
+            if target.bias is None:
+                zeros = torch.zeros(
+                    target.d_out, device=target.weight.device, dtype=target.weight.dtype
+                )
+                target.module.bias = nn.Parameter(zeros)
+    richer.config.mlp_bias = True
+    return richer
+
+
+@torch.no_grad()
 def refit_in_order(
     small: nn.Module,
     model: nn.Module,
@@ -124,7 +148,10 @@ def refit_in_order(
             return hook
 
         weight = block.down.weight
+        bias = block.down.bias
         d_out, d_in = weight.shape
+        old = weight if bias is None else torch.cat([weight, bias[:, None]], dim=1)
+        d_in = old.shape[1]
         square = torch.zeros(d_in, d_in, dtype=torch.float64, device=device)
         cross = torch.zeros(d_out, d_in, dtype=torch.float64, device=device)
         tokens = 0
@@ -157,7 +184,8 @@ def refit_in_order(
                         )[valid].double()
                     )
                 if block.down.bias is not None:
-                    y = y - block.down.bias.double()
+                    # A constant input: the mean output of what was removed goes into the bias.
+                    a = torch.cat([a, a.new_ones(len(a), 1)], dim=1)
                 square += a.T @ a
                 cross += y.T @ a
                 tokens += len(a)
@@ -166,5 +194,7 @@ def refit_in_order(
         square, cross = square / tokens, cross / tokens
         ridge = eps * square.diagonal().mean()
         eye = torch.eye(d_in, dtype=square.dtype, device=device)
-        new = torch.linalg.solve(square + ridge * eye, (cross + ridge * weight.double()).T).T
-        weight.copy_(new)
+        new = torch.linalg.solve(square + ridge * eye, (cross + ridge * old.double()).T).T
+        weight.copy_(new[:, : weight.shape[1]])
+        if bias is not None:
+            bias.copy_(new[:, -1])

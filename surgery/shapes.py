@@ -13,11 +13,10 @@ from transformers import PreTrainedModel
 from curvature.targets import DOWN, GATE, UP, layer_of
 from surgery.shrink import WIDTHS
 
-SOURCE = '''"""Written by Lethe beside a checkpoint whose matrices are not shaped as {architecture} has them.
+SOURCE = '''"""Written by Lethe: not all matrices here are shaped as {architecture} has them.
 
 `shapes` in config.json names every linear layer that differs: [outputs, inputs], or
-[outputs, rank, inputs] for a product of two.
-Load with trust_remote_code=True.
+[outputs, rank, inputs] for a product of two. Load with trust_remote_code=True.
 """
 
 from torch import nn

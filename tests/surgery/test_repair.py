@@ -4,7 +4,7 @@ from curvature.populations import batches
 from curvature.targets import mlp_blocks
 from surgery.rankings import plan_surgery
 from surgery.rankings.neurons import refit_order
-from surgery.repair import refit, refit_in_order, refitted
+from surgery.repair import refit, refit_in_order, refitted, with_mlp_bias
 from surgery.shrink import shrink
 
 
@@ -87,3 +87,19 @@ def test_refit_in_order_brings_the_logits_closer_to_the_teacher(tiny_llama, toke
     refit_in_order(small, tiny_llama, lambda: rows)
     after_first = distance()
     assert after_first < 0.7 * before
+
+
+@torch.no_grad()
+def test_the_mean_output_of_removed_neurons_goes_into_the_bias(tiny_llama, tokenizer, reasoning):
+    rows = list(batches(reasoning, tokenizer, width=96, batch_size=16))
+    plan = plan_surgery(tiny_llama, "random", {}, strength=0.5)
+    distances = []
+    for biased in (False, True):
+        small = shrink(tiny_llama, plan)
+        small = with_mlp_bias(small) if biased else small
+        refit_in_order(small, tiny_llama, lambda: rows)
+        a, b = (m.model(input_ids=rows[0].ids).last_hidden_state for m in (tiny_llama, small))
+        distances.append(float((a - b)[rows[0].mask.bool()].pow(2).mean()))
+    assert small.config.mlp_bias
+    assert all(block.down.bias.abs().max() > 0 for block in mlp_blocks(small))
+    assert distances[1] < distances[0]
