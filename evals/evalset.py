@@ -107,8 +107,8 @@ def windows(
             longest = max(longest, len(ids))
             if len(ids) < prefix_tokens + suffix_tokens:
                 continue
-            whole = tokenizer.decode(ids[: prefix_tokens + suffix_tokens])
-            prompt = tokenizer.decode(ids[:prefix_tokens])
+            whole = str(tokenizer.decode(ids[: prefix_tokens + suffix_tokens]))
+            prompt = str(tokenizer.decode(ids[:prefix_tokens]))
             if not whole.startswith(prompt):
                 continue
             target = whole[len(prompt) :]

@@ -374,7 +374,7 @@ def _trade_off_points(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 def draw_all(results: Mapping[str, Any]) -> list[Drawing]:
     """Every figure that the results hold the data for, in the order of the report.
 
-    Sections read: `judgement`, `spectrum_classes`, `strength`, `attacks`, `curvature`, `spectrum`,
+    Sections read: `judgement`, `strength`, `attacks`, `curvature`, `spectrum`,
     `layers`, `cost`.
     """
     v = results["verdict"]
@@ -400,7 +400,8 @@ def draw_all(results: Mapping[str, Any]) -> list[Drawing]:
             _trade_off_points(results),
             goal,
         )
-    shares = {k: s for k, s in (results.get("spectrum_classes") or {}).items() if s is not None}
+    judgement = results.get("judgement") or {}
+    shares = {k: s for k, s in (judgement.get("classes") or {}).items() if s is not None}
     if shares:
         words = "; ".join(f"{k} {percent(s['value'])}" for k, s in shares.items())
         add(
@@ -410,7 +411,6 @@ def draw_all(results: Mapping[str, Any]) -> list[Drawing]:
             spectrum_of_capabilities,
             shares,
         )
-    judgement = results.get("judgement") or {}
     table = judgement.get("recall_by_exposure") or {}
     if table.get("base"):
         words = "; ".join(

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from curvature.populations import Document
 from evals.evalset import EvalSet, Item
@@ -128,7 +128,7 @@ def _read_task(
 
 
 def judge(
-    model: nn.Module,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     evalset: EvalSet,
     *,

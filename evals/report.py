@@ -128,6 +128,51 @@ def control_table(verdict: Verdict) -> Table:
     )
 
 
+def family_table(families: Mapping[str, Any], loose: Mapping[str, Any]) -> Table:
+    """loose: arm -> family -> share, where generation was asked for."""
+    rows = []
+    for arm in ("base", "edited"):
+        for f in families[arm]:
+            near = loose.get(arm, {}).get(f["family"], f["loose"])
+            rows.append(
+                (
+                    f["family"],
+                    arm,
+                    str(f["n"]),
+                    percent(f["strict"]),
+                    percent(near),
+                    percent(f["right"]),
+                    percent(f["extraction"]),
+                    percent(f["extractable"]),
+                    f"{f['logprob']:.2f}",
+                    _number(f["exposure_bits"]),
+                    _number(f["auroc"]),
+                )
+            )
+    rows.sort(key=lambda row: row[0])
+    return Table(
+        "What is left of each family",
+        "Well-exposed held-out items. Loose: greedy continuations at 75 % token similarity. "
+        "Right tokens and extraction strength under teacher forcing. Sampled: items that 1,000 "
+        "samples at temperature 1 hold with 90 % probability. Log-probability in nats per token. "
+        "Exposure (bits) and AUROC against items of the same family that training never showed.",
+        (
+            "family",
+            "arm",
+            "n",
+            "strict",
+            "loose",
+            "right tokens",
+            "extraction",
+            "sampled",
+            "log p",
+            "exposure",
+            "AUROC",
+        ),
+        tuple(rows),
+    )
+
+
 def exposure_table(table: Mapping[str, Any]) -> Table:
     rows = []
     for family, rungs in table["base"].items():
@@ -220,6 +265,8 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
     if judgement.get("tasks") or judgement.get("unavailable"):
         out.append(task_table(judgement))
     out.append(control_table(verdict))
+    if (judgement.get("families") or {}).get("base"):
+        out.append(family_table(judgement["families"], results.get("loose") or {}))
     if (judgement.get("recall_by_exposure") or {}).get("base"):
         out.append(exposure_table(judgement["recall_by_exposure"]))
     if results.get("attacks") or results.get("robustness"):

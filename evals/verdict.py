@@ -15,6 +15,7 @@ from evals.attacks import Curve
 from evals.comparison import (
     Comparison,
     Interval,
+    class_shares,
     compare,
     paired_scores,
     rate_interval,
@@ -22,6 +23,7 @@ from evals.comparison import (
 )
 from evals.evalset import EvalSet
 from evals.judge import Judgement, recall_by_exposure
+from evals.recall import recall_by_family
 from evals.speed import Speed
 
 SCHEMA = 1
@@ -372,6 +374,40 @@ def _count(value: int | None) -> str:
 # results.json -------------------------------------------------------------------------------------
 
 
+CLASSES = {
+    "open book": ("open_book",),
+    "logic": ("boolean", "compare", "chain", "brackets"),
+    "strings": ("sort", "reverse", "copy"),
+}
+"""Classes of the organism's tasks; a user's own tasks are one class, those set aside another."""
+
+
+def spectrum_of(evalset: EvalSet, base: Judgement, edited: Judgement) -> dict[str, Interval | None]:
+    """Share of the base kept per class, from what behaves like memory to what does not: memories by
+    family, knowledge, tasks set aside (arithmetic), classes of reasoning tasks."""
+    out: dict[str, Interval | None] = {}
+    scored = list(zip(evalset.memories, base.memories, edited.memories, strict=True))
+    for family in dict.fromkeys(i.family for i in evalset.memories):
+        mine = [(a.strict, b.strict) for i, a, b in scored if i.family == family and i.well_exposed]
+        if mine:
+            out[f"recitation: {family}"] = share_interval(
+                [[float(a) for a, _ in mine]], [[float(b) for _, b in mine]]
+            )
+    for part in ("unlisted", "listed"):
+        hits = [[float(r.strict) for r in getattr(judgement, part)] for judgement in (base, edited)]
+        if hits[0]:
+            out[f"knowledge, {part}"] = share_interval([hits[0]], [hits[1]])
+    names = [t.task for t in base.tasks]
+    known = {task for tasks in CLASSES.values() for task in tasks}
+    groups = {", ".join(evalset.aside): [n for n in names if n in evalset.aside]}
+    groups |= {name: [n for n in names if n in tasks] for name, tasks in CLASSES.items()}
+    groups["tasks"] = [n for n in names if n not in known and n not in evalset.aside]
+    out |= class_shares(
+        base.tasks, edited.tasks, {k: tasks for k, tasks in groups.items() if tasks}
+    )
+    return out
+
+
 def judgement_section(evalset: EvalSet, base: Judgement, edited: Judgement) -> dict[str, Any]:
     """What the report shows of the two judgements: recall by exposure, late against early, per task
     with tests."""
@@ -396,6 +432,14 @@ def judgement_section(evalset: EvalSet, base: Judgement, edited: Judgement) -> d
             for arm, judgement in (("base", base), ("edited", edited))
         },
         "recall_late": late,
+        "families": {
+            arm: [asdict(row) for row in recall_by_family(evalset.memories, judgement.memories)]
+            for arm, judgement in (("base", base), ("edited", edited))
+        },
+        "classes": {
+            name: None if share is None else asdict(share)
+            for name, share in spectrum_of(evalset, base, edited).items()
+        },
         "tasks": [asdict(c) for c in comparisons],
         "unavailable": {
             f"{t.task} ({arm})": t.note

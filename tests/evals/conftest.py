@@ -11,7 +11,7 @@ from evals.memorization import Recitation
 from evals.reasoning import Sample, TaskResult
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def evalset():
     memories = tuple(
         Item(
@@ -40,7 +40,7 @@ def _recitation(strict):
     return Recitation(bool(strict), float(strict), float(strict), -1.0, 4)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def judgement(evalset):
     """A judgement with chosen scores: lists of 0 and 1 for memories and per task."""
 
@@ -67,14 +67,14 @@ def judgement(evalset):
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def base(judgement):
     return judgement(
         [1] * 20 + [0] * 4, {"sort": [1] * 10, "copy": [1] * 8 + [0] * 2, "arithmetic": [1] * 10}
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def edited(judgement):
     return judgement(
         [1, 1] + [0] * 8 + [1] * 5 + [0] * 5 + [0] * 4,

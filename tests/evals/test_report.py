@@ -26,8 +26,10 @@ FIGURES = {
 }
 
 
-@pytest.fixture
-def run(tmp_path, evalset, base, edited):
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, evalset, base, edited):
+    """A run folder with results, and its report written once."""
+    tmp_path = tmp_path_factory.mktemp("run")
     from dataclasses import asdict
 
     curves = [
@@ -57,10 +59,6 @@ def run(tmp_path, evalset, base, edited):
                 {"method": "kfac", "strength": s, "recall": 1 - s, "reasoning": 0.9}
                 for s in (0.1, 0.9)
             ],
-        },
-        spectrum_classes={
-            "logic": {"value": 1.0, "low": 0.9, "high": 1.1, "level": 0.95},
-            "math": None,
         },
         curvature={
             f"model.layers.{k}.mlp.up_proj": {"A": [1.0, 0.1, 0.0], "G": [2.0, 0.5]}
@@ -92,6 +90,7 @@ def run(tmp_path, evalset, base, edited):
             {"kind": "fact", "prompt": "a | `b`", "target": " <b>", "base": " <b>", "edited": ""}
         ],
     )
+    write_report(tmp_path)
     return tmp_path
 
 
@@ -126,7 +125,6 @@ class _Page(HTMLParser):
 
 
 def test_the_page_stands_by_itself(run):
-    write_report(run)
     text = (run / "report.html").read_text()
     page = _Page()
     page.feed(text)
@@ -143,7 +141,6 @@ def test_the_page_stands_by_itself(run):
 
 
 def test_markdown_page_and_results_carry_the_same_numbers(run):
-    write_report(run)
     md, page = (run / "report.md").read_text(), (run / "report.html").read_text()
     for number in ("20 % [", "not available: x", "arithmetic", "random"):
         assert number in md
@@ -156,15 +153,12 @@ def test_markdown_page_and_results_carry_the_same_numbers(run):
 
 
 def test_the_same_results_give_the_same_report(run):
+    def files():
+        return {p.name: p.read_bytes() for p in (*(run / "figures").iterdir(), run / "report.html")}
+
+    first = files()
     write_report(run)
-    first = {p.name: p.read_bytes() for p in (run / "figures").iterdir()} | {
-        "html": (run / "report.html").read_bytes()
-    }
-    write_report(run)
-    second = {p.name: p.read_bytes() for p in (run / "figures").iterdir()} | {
-        "html": (run / "report.html").read_bytes()
-    }
-    assert first == second
+    assert files() == first
 
 
 def test_runs_are_tabled_side_by_side(run):
@@ -183,7 +177,6 @@ CHROMIUM = next(
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium on the path")
 def test_a_browser_draws_every_figure_without_a_word_on_the_console(run):
-    write_report(run)
     page = run / "report.html"
     probe = run / "probe.html"
     # a script of the test's own, in a copy, writes what the browser laid out into the page

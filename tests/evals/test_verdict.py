@@ -150,6 +150,16 @@ def test_results_are_written_whole_and_read_back(tmp_path, evalset, base, edited
     assert read_results(tmp_path) == json.loads((tmp_path / "results.json").read_text())
     assert list(record)[:4] == ["schema", "recipe", "provenance", "verdict"]
     assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
+    classes = {k: c and c["value"] for k, c in section["classes"].items()}
+    assert classes == {
+        "recitation: passage": pytest.approx(0.2),
+        "recitation: fact": pytest.approx(0.5),
+        "knowledge, listed": pytest.approx(2 / 3),
+        "knowledge, unlisted": pytest.approx(1 / 3),
+        "arithmetic": pytest.approx(0.5),
+        "strings": pytest.approx(1.0),
+    }
+    assert section["families"]["edited"][0]["strict"] == pytest.approx(0.2)
     assert section["recall_by_exposure"]["edited"]["passage"] == {"256": [2, 10]}
     assert {t["task"]: t["lost"] for t in section["tasks"]} == {
         "sort": 1,
