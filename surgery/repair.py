@@ -192,7 +192,8 @@ def refit_in_order(
         if tokens == 0:
             raise ValueError("the repair got no tokens: give a keep population with text")
         square, cross = square / tokens, cross / tokens
-        ridge = eps * square.diagonal().mean()
+        # The constant input is no measure of the scale of the others.
+        ridge = eps * square.diagonal()[: weight.shape[1]].mean()
         eye = torch.eye(d_in, dtype=square.dtype, device=device)
         new = torch.linalg.solve(square + ridge * eye, (cross + ridge * old.double()).T).T
         weight.copy_(new[:, : weight.shape[1]])
