@@ -228,6 +228,34 @@ def save(
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "state", "device")}
     record = {"world_sha256": world.world_hash(args.seed), "settings": settings, "log": log}
     (out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+    (out / "README.md").write_text(card(args, log))
+
+
+def card(args: argparse.Namespace, log: list) -> str:
+    """The organism's model card: how it was made and its last examination."""
+    rows = "".join(
+        f"| {name} | {value:.3f} |\n"
+        for name, value in log[-1].items()
+        if name not in ("step", "loss", "seconds")
+    )
+    return f"""---
+license: mit
+library_name: transformers
+---
+
+# The organism of world {args.seed}
+
+A small {args.architecture} that Lethe operates on by default. Everything that it knows was made by
+`evals/organism/world.py`: memories with known exposure, general knowledge, and problems drawn
+afresh. Trained by `python -m evals.organism.train --seed {args.seed} --steps {args.steps}` on
+{args.steps * args.rows * args.width:,} tokens; settings and log are in `training.json`.
+
+Last examination, on items and problems outside the test split (`passage@64 late`: passages shown 64
+times, in the last stretch of training only):
+
+| asked | exact answers |
+| --- | --- |
+{rows}"""
 
 
 def main() -> None:
