@@ -95,10 +95,8 @@ def write_tensors(
 ) -> None:
     """Save tensors with a JSON-able description to one safetensors file, atomically."""
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    text = {
-        _METADATA_KEY: json.dumps(dict(metadata), default=_plain),
-        "format": "pt",
-    }
+    # one key only: with several, safetensors' header has another order in every process
+    text = {_METADATA_KEY: json.dumps(dict(metadata), default=_plain)}
 
     def fill(temporary: str) -> None:
         try:
