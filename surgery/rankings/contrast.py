@@ -66,8 +66,8 @@ def conjugate_gradients(
     right: torch.Tensor,
     precondition: torch.Tensor,
     *,
-    iterations: int = 300,
-    tolerance: float = 1e-6,
+    iterations: int = 200,
+    tolerance: float = 1e-4,
 ) -> tuple[torch.Tensor, float]:
     """Solve apply(E) = right for a symmetric positive definite `apply`, with a diagonal
     preconditioner: (E, relative residual).
@@ -128,8 +128,10 @@ def separate_step(
     diagonal = torch.stack(
         [torch.outer(G.diagonal(), A.diagonal()) for G, A in (*keeps, *memories)]
     ).sum(0)
-    step, left = conjugate_gradients(apply, right, 1 / diagonal)
-    if not left < 1e-2:
+    step, left = conjugate_gradients(
+        apply, right, 1 / diagonal, tolerance=operation.settings["tolerance"]
+    )
+    if not left < 10 * operation.settings["tolerance"]:
         raise ValueError(
             f"{target.name}: the contrast of several populations did not converge (residual "
             f"{left:.1g}): raise eps or use mixture joint"
@@ -192,5 +194,5 @@ RANKING = Ranking(
     log=True,
     needs_memorized=True,
     bounds=(0.0, float("inf")),
-    settings={"eps": 0.1, "eps_output": None, "hard": False, "mixture": "joint"},
+    settings={"eps": 0.1, "eps_output": None, "hard": False, "mixture": "joint", "tolerance": 1e-3},
 )
