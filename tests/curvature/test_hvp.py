@@ -276,13 +276,22 @@ def test_auto_prefers_memory_over_speed(small, monkeypatch):
 
     model, rows, targets, _, _ = small
     weights = [t.parameter for t in targets]
-    needed = hvp.GRAPH_GROWTH * graph_bytes(
-        lambda: model(input_ids=rows[0].ids).logits.logsumexp(-1).sum()
-    )
-    for free, expected in ((1e12, "retained"), (3 * needed, "double"), (1.0, "difference")):
+    graph, batches_of = 100.0, len(rows)
+    monkeypatch.setattr(hvp, "graph_bytes", lambda loss: graph)
+    one = hvp.GRAPH_GROWTH * graph / hvp.RETAINED_SHARE
+    for free, expected in (
+        (1.1 * one * batches_of, "retained"),
+        (1.1 * one, "double"),
+        (0.9 * one, "difference"),
+    ):
         monkeypatch.setattr(hvp, "_free_memory", lambda _, free=free: free)
         with curvature_product(model, rows, weights) as product:
-            assert product.method == expected, (free, needed)
+            assert product.method == expected
+
+
+def test_graph_bytes_counts_what_autograd_keeps():
+    x, w = torch.ones(10, 4), torch.ones(4, 5, requires_grad=True)
+    assert graph_bytes(lambda: ((x @ w) ** 2).sum()) == 4 * (10 * 4 + 10 * 5)
 
 
 def test_fused_attention_is_replaced_and_restored(small):
