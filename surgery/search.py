@@ -243,11 +243,11 @@ def search(
         load_if_exists=True,
         direction="minimize",
     )
-    for trial in study.get_trials(deepcopy=False):
-        if trial.state == TrialState.RUNNING:
+    for old in study.get_trials(deepcopy=False):
+        if old.state == TrialState.RUNNING:
             # A process died in the middle of this one: it is tried again, with the same number of
             # candidates before it.
-            study.tell(trial.number, state=TrialState.FAIL)
+            study.tell(old.number, state=TrialState.FAIL)
 
     def finished() -> list[Candidate]:
         states = (TrialState.COMPLETE, TrialState.PRUNED)

@@ -186,14 +186,13 @@ def factorize(
         L = U_G @ ((left[:, :rank] * values[:rank]) / s_G[:, None])
         R = (right[:rank] / s_A) @ U_A.T
         like = target.parameter
-        thin = nn.Sequential(
-            nn.Linear(target.d_in, rank, bias=False),
-            nn.Linear(rank, target.d_out, bias=target.bias is not None),
-        ).to(device=like.device, dtype=like.dtype)
-        thin[0].weight.copy_(R)
-        thin[1].weight.copy_(L)
+        right_part = nn.Linear(target.d_in, rank, bias=False)
+        left_part = nn.Linear(rank, target.d_out, bias=target.bias is not None)
+        thin = nn.Sequential(right_part, left_part).to(device=like.device, dtype=like.dtype)
+        right_part.weight.copy_(R)
+        left_part.weight.copy_(L)
         if target.bias is not None:
-            thin[1].bias.copy_(target.bias)
+            left_part.bias.copy_(target.bias)
         parent = small.get_submodule(target.name.rpartition(".")[0])
         setattr(parent, target.name.rpartition(".")[2], thin.train(model.training))
         ranks[target.name] = rank
