@@ -91,7 +91,8 @@ def test_share_interval_covers_the_truth():
 
 def test_share_is_of_the_means_over_groups_not_over_documents():
     base, edited = [[1] * 10, [1] * 1000], [[0] * 10, [1] * 1000]
-    assert share_interval(base, edited).value == pytest.approx(0.5)
+    interval = share_interval(base, edited)
+    assert (interval.low, interval.value, interval.high) == pytest.approx((0.5, 0.5, 0.5))
 
 
 def test_a_share_of_nothing_is_none_and_a_share_of_zero_has_an_upper_end():

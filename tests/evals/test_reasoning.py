@@ -2,11 +2,16 @@
 from the outside."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
+from lm_eval.tasks import TaskManager
 
 from curvature.populations import Document
+from evals import reasoning
 from evals.memorization import recite
 from evals.organism import world
 from evals.reasoning import TASK_FOLDER, evaluate_reasoning
@@ -29,6 +34,17 @@ def _follow_greedily(model, tokenizer, document):
         eos_token_id=None,
     )
     return Document(document.prompt, tokenizer.decode(out[0, ids.shape[1] :]))
+
+
+def _teach(model, tokenizer, documents):
+    """A little training on the first half, so that some answers are right and some are not."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
+    for _ in range(60):
+        for document in documents[: len(documents) // 2]:
+            ids = torch.tensor([tokenizer(document.text)["input_ids"]])
+            model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def test_every_reasoning_task_of_the_organism_has_a_yaml():
@@ -98,9 +114,15 @@ def test_a_document_longer_than_the_context_is_refused(tiny_llama, tokenizer):
         evaluate_reasoning(tiny_llama, tokenizer, {"mine": [Document("a" + " a" * 300, " b")]})
 
 
-def test_an_unknown_task_is_refused(tiny_llama, tokenizer, tmp_path):
+def test_an_unknown_task_is_refused(tiny_llama, tokenizer, monkeypatch):
+    # lm-eval's own index takes long to read and is not what is tested
+    monkeypatch.setattr(
+        reasoning,
+        "_default_tasks",
+        lambda: TaskManager(include_path=str(TASK_FOLDER), include_defaults=False),
+    )
     with pytest.raises(ValueError, match="unknown task 'no_such_task'"):
-        evaluate_reasoning(tiny_llama, tokenizer, {"no_such_task": None}, include_path=tmp_path)
+        evaluate_reasoning(tiny_llama, tokenizer, {"no_such_task": None})
 
 
 def test_no_tasks_is_refused(tiny_llama, tokenizer):
@@ -141,3 +163,25 @@ def test_a_broken_file_of_documents_is_named(tmp_path, line, words):
     with pytest.raises(ValueError, match=words) as error:
         read(path)
     assert "mine.jsonl" in str(error.value)
+
+
+def test_lm_eval_from_the_outside_gives_the_same_figures(tiny_llama, tokenizer, tasks, tmp_path):
+    """`lm_eval --model hf --model_args pretrained=<checkpoint> --include_path evals/tasks`."""
+    _teach(tiny_llama, tokenizer, tasks["sort"])
+    tiny_llama.save_pretrained(tmp_path / "checkpoint")
+    tokenizer.save_pretrained(tmp_path / "checkpoint")
+    documents = tmp_path / "sort.jsonl"
+    documents.write_text(
+        "".join(json.dumps({"prompt": d.prompt, "answer": d.answer}) + "\n" for d in tasks["sort"])
+    )
+    command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf"]
+    command += ["--model_args", f"pretrained={tmp_path / 'checkpoint'},dtype=float32"]
+    command += ["--include_path", str(TASK_FOLDER), "--tasks", "organism_sort", "--device", "cpu"]
+    command += ["--metadata", json.dumps({"documents": str(documents)}), "--batch_size", "4"]
+    command += ["--output_path", str(tmp_path / "out")]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    subprocess.run(command, check=True, env=environment, capture_output=True, timeout=400)
+    record = json.loads(next((tmp_path / "out").rglob("results_*.json")).read_text())
+    inside = evaluate_reasoning(tiny_llama, tokenizer, {"sort": tasks["sort"]})[0]
+    assert 0 < inside.value < 1
+    assert record["results"]["organism_sort"]["acc,none"] == inside.value
