@@ -15,18 +15,24 @@ takes the populations for one text); `mixture` separate keeps a Kronecker produc
 minimizes sum_p w_p keep_p + t sum_m w_m memory_m by conjugate gradients, preconditioned by the
 closed form of the joint mixture.
 
+`balance`: every memorized population is scaled to the energy of the kept text (sum over targets of
+tr G tr A) first, so that families weigh alike and t does not depend on how steep a patient's
+margins are.
+
 eps trades transfer to unseen memories against clean perplexity; t is the strength. `hard`:
 components with t gamma_i alpha_j >= 1 are cut and the others stay untouched.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 
+from curvature.factors import Factors
 from curvature.targets import Target
-from surgery.rankings.base import Cut, Operation, Ranking, edit_targets
+from surgery.rankings.base import Cut, Operation, Ranking, edit_targets, mix_factors
 
 
 def damped(factor: torch.Tensor, eps: float) -> torch.Tensor:
@@ -170,6 +176,35 @@ def edit(
     return (weight64 - basis_g @ lost @ basis_a.T).float(), removed, weight.numel()
 
 
+def energy(factors: Mapping[str, Factors]) -> float:
+    """Sum over targets of tr G tr A: the curvature energy of a population, blind to directions."""
+    return sum(float(f.G.trace()) * float(f.A.trace()) for f in factors.values())
+
+
+def balanced(operation: Operation) -> Operation:
+    """The same operation with every memorized population scaled to the energy of the kept ones.
+
+    Margins of one family can be many times steeper than those of another, and both grow as training
+    goes on. Scaled, every family weighs the same, and t means the same from patient to patient.
+    """
+    names = [target.name for target in operation.targets]
+    kept = energy({name: operation.keep[name] for name in names})
+    parts: dict[str, tuple[float, Mapping[str, Factors]]] = {}
+    for population, (weight, factors) in operation.memorized_parts.items():
+        own = energy({name: factors[name] for name in names})
+        if not own > 0:
+            raise ValueError(
+                f"contrast: the margins of {population} have no gradient in the chosen targets"
+            )
+        scaled = {name: replace(factors[name], G=factors[name].G * (kept / own)) for name in names}
+        parts[population] = (weight, scaled)
+    mixed = mix_factors(
+        {name: factors for name, (_, factors) in parts.items()},
+        {name: weight for name, (weight, _) in parts.items()},
+    )
+    return replace(operation, memorized=mixed, memorized_parts=parts)
+
+
 def cut(operation: Operation) -> Cut:
     if operation.settings["eps"] <= 0:
         raise ValueError(f"contrast: eps is {operation.settings['eps']}: expected a number above 0")
@@ -182,6 +217,8 @@ def cut(operation: Operation) -> Cut:
         raise ValueError(
             "contrast: a hard cut needs mixture joint, whose components are independent"
         )
+    if operation.settings["balance"] and operation.strength > 0:
+        operation = balanced(operation)
     return edit_targets(operation, edit)
 
 
@@ -189,10 +226,17 @@ RANKING = Ranking(
     "contrast",
     cut,
     "t: weight of the memory against the keep cost; 0 changes nothing",
-    3e-4,
-    (1e-6, 1e-1),
+    0.02,
+    (1e-3, 0.3),
     log=True,
     needs_memorized=True,
     bounds=(0.0, float("inf")),
-    settings={"eps": 0.1, "eps_output": None, "hard": False, "mixture": "joint", "tolerance": 1e-3},
+    settings={
+        "eps": 0.1,
+        "eps_output": None,
+        "hard": False,
+        "balance": True,
+        "mixture": "joint",
+        "tolerance": 1e-3,
+    },
 )

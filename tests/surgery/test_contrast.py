@@ -28,7 +28,9 @@ def test_soft_edit_minimizes_keep_cost_plus_t_times_memory(tiny_llama, targets, 
     Kronecker products.
     """
     t, eps = 0.3, 0.1
-    plan = plan_surgery(tiny_llama, "contrast", factors, targets=targets, strength=t, eps=eps)
+    plan = plan_surgery(
+        tiny_llama, "contrast", factors, targets=targets, strength=t, eps=eps, balance=False
+    )
     for target in targets[:3]:
         keep, gone = factors["reasoning"][target.name], factors["memorized"][target.name]
         W = target.weight.double().detach()
@@ -61,7 +63,14 @@ def test_equal_populations_shrink_all_alike_in_the_limit(tiny_llama, targets, fa
 
 def test_hard_cut_removes_whole_components(tiny_llama, targets, factors):
     plan = plan_surgery(
-        tiny_llama, "contrast", factors, targets=targets[:1], strength=1e-1, hard=True, eps=0.1
+        tiny_llama,
+        "contrast",
+        factors,
+        targets=targets[:1],
+        strength=1e-1,
+        hard=True,
+        eps=0.1,
+        balance=False,
     )
     keep, gone = (factors[k][targets[0].name] for k in ("reasoning", "memorized"))
     alpha, _, inverse_a = generalized_eigh(gone.A, keep.A, 0.1, "A")
@@ -97,6 +106,7 @@ def test_separate_mixture_minimizes_the_sum_over_populations(tiny_llama, targets
         strength=t,
         eps=eps,
         mixture="separate",
+        balance=False,
         tolerance=1e-8,
         keep={"one": 3, "two": 1},
     )
@@ -121,3 +131,23 @@ def test_separate_equals_joint_for_one_population_each(tiny_llama, targets, fact
     ]
     for name, tensor in plans[0].tensors.items():
         assert torch.equal(tensor, plans[1].tensors[name])
+
+
+def test_balance_makes_the_scale_of_margins_immaterial(tiny_llama, targets, factors):
+    """Margins ten times steeper in one family change nothing."""
+    from dataclasses import replace
+
+    keep, gone = factors["reasoning"], factors["memorized"]
+    steep = {name: replace(f, G=100 * f.G) for name, f in gone.items()}
+    plans = [
+        plan_surgery(
+            tiny_llama,
+            "contrast",
+            {"reasoning": keep, "memorized/a": gone, "memorized/b": other},
+            targets=targets,
+            strength=0.5,
+        )
+        for other in (gone, steep)
+    ]
+    for name, tensor in plans[0].tensors.items():
+        assert torch.allclose(tensor, plans[1].tensors[name], atol=1e-6)
