@@ -19,7 +19,7 @@ def launch(arguments):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("documents", [18])
+@pytest.mark.parametrize("documents", [15])
 def test_two_processes_with_uneven_shards_equal_one(tmp_path, documents):
     launch([sys.executable, WORKER, str(tmp_path / "one"), str(documents)])
     launch(
