@@ -315,6 +315,17 @@ def test_block_triangular_product_is_the_product(n, d, leaf):
     assert torch.allclose(fill_lower_(total), 5 * x.T @ x, rtol=1e-4, atol=1e-4)
 
 
+def test_block_triangles_leave_whole_symmetric_factors(make_model, tokenizer, plain, monkeypatch):
+    model = make_model("llama", intermediate_size=200)
+    targets = select_targets(model, ["mlp"], [1])
+    whole = collect_factors(model, tokenizer, plain, targets, **settings_for())
+    monkeypatch.setattr(factors_module, "LEAF", 64)
+    blocks = collect_factors(model, tokenizer, plain, targets, **settings_for())
+    for name in whole:
+        for key in ("A", "G", "A_coupled", "G_coupled"):
+            assert relative(getattr(blocks[name], key), getattr(whole[name], key)) < 1e-5
+
+
 def test_saved_factors_come_back_and_share(tiny_llama, tokenizer, population, tmp_path):
     targets = select_targets(tiny_llama)
     found = collect_factors(tiny_llama, tokenizer, population, targets, **settings_for())
