@@ -33,6 +33,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
+from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 # Run as a script, this file would itself be found under the name of the package that it measures.
@@ -418,7 +419,7 @@ def table(arguments: argparse.Namespace) -> dict[str, tuple[float, float]]:
         model.zero_grad(set_to_none=True)
         work()
     ratios: dict[str, list[float]] = {name: [] for name in rows}
-    for _ in range(arguments.rounds):
+    for _ in tqdm(range(arguments.rounds), desc="rounds"):
         for name, work in rows.items():
             before = seconds(unit, arguments.device)
             model.zero_grad(set_to_none=True)
@@ -435,8 +436,6 @@ def table(arguments: argparse.Namespace) -> dict[str, tuple[float, float]]:
             statistics.median(ratios[name]),
             peak_bytes(work, arguments.device) / unit_peak,
         )
-    if not arguments.quick and arguments.dtype == "float32":
-        found |= measure_products(model, batch, arguments.rounds, arguments.device)
     parameters = sum(p.numel() for p in model.parameters())
     print(
         f"\n{parameters / 1e6:.2f} M parameters, {arguments.rows} x {arguments.width} tokens, "
@@ -452,10 +451,18 @@ def table(arguments: argparse.Namespace) -> dict[str, tuple[float, float]]:
         "| per forward + backward | time | goal | memory beside results |\n| --- | --- | --- | "
         "--- |"
     )
+    show(found)
+    if not arguments.quick and arguments.dtype == "float32":
+        products = measure_products(model, batch, arguments.rounds, arguments.device)
+        show(products)
+        found |= products
+    return found
+
+
+def show(found: dict[str, tuple[float, float]]) -> None:
     for name, (spent, memory) in found.items():
         goal = f"{GOALS[name]:.2f}" if name in GOALS else ""
-        print(f"| {name} | {spent:.2f} | {goal} | {memory:.2f} |")
-    return found
+        print(f"| {name} | {spent:.2f} | {goal} | {memory:.2f} |", flush=True)
 
 
 def scaling(arguments: argparse.Namespace) -> None:
