@@ -215,7 +215,8 @@ def _document(source: str, kind: str | None, k: int, row: dict) -> Document:
     where = f"line {_line_number(Path(source), k)}" if kind == "json" else f"row {k + 1}"
     keys = sorted(key for key, value in row.items() if value is not None)
     raise ValueError(
-        f'{source}, {where}: expected a non-empty {{"text"}} or {{"prompt", "answer"}} of strings, found keys {keys}'
+        f'{source}, {where}: expected a non-empty {{"text"}} or {{"prompt", "answer"}} of strings, '
+        f"found keys {keys}"
     )
 
 

@@ -205,7 +205,7 @@ def test_factors_agree_with_curvlinops(make_model, tokenizer, population):
 
 
 def test_factors_and_ekfac_agree_with_kronfluence(make_model, tokenizer, plain):
-    """Rows of two tokens count one each, so that its per-example correction is our per-token one."""
+    """Rows of two tokens count one each, so its per-example correction is our per-token one."""
     pytest.importorskip("kronfluence")
     from kronfluence.analyzer import prepare_model
     from kronfluence.arguments import FactorArguments
