@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 if TYPE_CHECKING:
     import torch
@@ -23,9 +23,11 @@ if TYPE_CHECKING:
 
     from curvature.factors import Factors
     from curvature.stages import Stage, Stages
+    from curvature.targets import Target
     from evals.evalset import Material
     from evals.verdict import Verdict
     from surgery.plan import Plan
+    from surgery.rankings.base import Ranking
 
 BAD_INPUT, INTERRUPTED = 2, 130
 ORGANISM_RECIPE = Path(__file__).parent / "recipes" / "organism.yaml"
@@ -58,6 +60,8 @@ class Recipe:
         method: Ranking of the dense edit: contrast, kfac, ... or none.
         strength: Strength of the edit; found on the tune split by default.
         eps: Damping of `contrast`.
+        keep_weights: Weights of the kept populations by name (reasoning, reference; on the organism
+            reasoning, language, listed knowledge); equal by default.
         keep_reasoning: Reasoning on the tune split, as a share of the base, that the dense edit
             must keep.
         candidates: How many strengths are tried where none is given.
@@ -98,16 +102,17 @@ class Recipe:
     method: str = "contrast"
     strength: float | None = None
     eps: float = 0.1
+    keep_weights: dict[str, float] | None = None
     keep_reasoning: float = 0.97
     candidates: int = 6
     neurons: str = "neurons"
     keep_neurons: float = 0.6
     multiple: int = 1
     refit: bool = True
-    heal_tokens: int = 400_000
+    heal_tokens: int = 200_000
     heal_lr: float = 1e-3
     controls: tuple[str, ...] = ("random", "magnitude")
-    cost_tokens: int = 10_000
+    cost_tokens: int = 2_000
     attack_steps: int = 120
     attack_lr: float = 3e-4
     spectrum: bool = True
@@ -232,7 +237,8 @@ def load(recipe: Recipe) -> Patient:
     )
     dtype = model.dtype
     # Half precision has no fast kernels on most CPUs, and second derivatives need fp32 in any case.
-    model = model.to(device=device, dtype=torch.float32 if device == "cpu" else None).eval()
+    model = model.float() if device == "cpu" else model
+    model = model.to(torch.device(device)).eval()  # type: ignore[arg-type]
     context = model.config.max_position_embeddings
     if recipe.prefix_tokens + recipe.suffix_tokens + 1 > context:
         raise ValueError(
@@ -352,7 +358,6 @@ def operate_on(recipe: Recipe) -> int:
         judge_stage(run, "shrunk", small)
         edited = heal_stage(run, "heal", small)
         judge_stage(run, "edited", edited)
-        attack_stage(run, "base", patient.model)
         attack_stage(run, "edited", edited)
         for ranking in recipe.controls:
             control = shrink_stage(run, f"control-{ranking}", patient.model, ranking)
@@ -423,25 +428,36 @@ def spectrum_stage(run: Run) -> None:
     run.stages.run("spectrum", {**run.source, "width": r.width, "seed": r.seed}, compute)
 
 
-def factors_stage(run: Run, name: str, model: PreTrainedModel) -> dict[str, dict[str, Factors]]:
+def factors_stage(
+    run: Run, name: str, model: PreTrainedModel, *, memorized: bool = True
+) -> dict[str, dict[str, Factors]]:
     """Kronecker factors of every target: sampled labels on what is kept, logit margins on what is
     memorized."""
     from curvature.artifacts import model_sha256
     from curvature.eigenbases import eigenbases
     from curvature.factors import collect_factors, load_factors, save_factors
-    from curvature.targets import select_targets
 
     r, material = run.recipe, run.patient.material
     settings = {
         k: getattr(r, k)
-        for k in ("factor_tokens", "width", "batch_size", "seed", "targets", "layers")
+        for k in (
+            "factor_tokens",
+            "width",
+            "batch_size",
+            "seed",
+            "targets",
+            "layers",
+            "keep_weights",
+        )
     }
+    settings |= {"shrinks": r.keep_neurons < 1, "memorized": memorized}
     depends = {**run.source, "measured": model_sha256(model), **settings}
     populations = {p.name: p for p in material.keep}
-    populations |= {f"memorized/{p.name}": p for p in material.memorized}
+    if memorized:
+        populations |= {f"memorized/{p.name}": p for p in material.memorized}
 
     def compute(folder: Path) -> Any:
-        targets = select_targets(model, r.targets, r.layers)
+        targets = measured_targets(r, model)
         factors = {}
         for key, population in populations.items():
             factors[key] = collect_factors(
@@ -458,44 +474,62 @@ def factors_stage(run: Run, name: str, model: PreTrainedModel) -> dict[str, dict
             )
             about = {"population": population.sha256}
             save_factors(factors_file(folder, key), factors[key], about)
-        bases = eigenbases(kept_factors(factors))
+        bases = eigenbases(kept_factors(factors, r.keep_weights))
         spectra = {
             n: {"A": spread(b.A.values.flip(0).tolist()), "G": spread(b.G.values.flip(0).tolist())}
             for n, b in bases.items()
         }
-        # fused over populations of one role: how much of the margin energy a layer holds
-        sides = {"keep": kept_factors(factors), "memorized": memorized_factors(factors)}
-        energy = {side: dict.fromkeys((t.layer for t in targets), 0.0) for side in sides}
-        for side, measured in sides.items():
-            for target in targets:
-                f = measured[target.name]
-                energy[side][target.layer] += float(f.A.trace() * f.G.trace())
-        ratio = {str(n): energy["memorized"][n] / energy["keep"][n] for n in energy["keep"]}
         return {
             "tokens": {
                 key: max(f.tokens for f in measured.values()) for key, measured in factors.items()
             },
             "eigenvalues": spectra,
-            "layers": {
-                "label": "margin energy of memories over curvature of kept text",
-                "values": ratio,
-            },
+            "layers": layer_map(factors, targets, r.keep_weights) if memorized else {},
         }
 
     stage = run.stages.run(name, depends, compute)
     return {key: load_factors(factors_file(stage.folder, key))[0] for key in populations}
 
 
+def measured_targets(recipe: Recipe, model: PreTrainedModel) -> list[Target]:
+    """What the edit changes and, where neurons go, every MLP matrix: shrinking is uniform."""
+    from curvature.targets import select_targets
+
+    chosen = select_targets(model, recipe.targets, recipe.layers)
+    if recipe.keep_neurons < 1:
+        chosen += select_targets(model, ("mlp",))
+    return list({target.name: target for target in chosen}.values())
+
+
 def factors_file(folder: Path, population: str) -> Path:
     return folder / f"{population.replace('/', '-')}.safetensors"
 
 
-def kept_factors(factors: dict[str, dict[str, Factors]]) -> dict[str, Factors]:
-    """All kept populations as one, each weighing the same."""
+def kept_factors(
+    factors: dict[str, dict[str, Factors]], weights: dict[str, float] | None
+) -> dict[str, Factors]:
+    """All kept populations as one."""
     from surgery.rankings import is_memorized
     from surgery.rankings.base import mix_factors
 
-    return mix_factors({name: f for name, f in factors.items() if not is_memorized(name)})
+    kept = {name: f for name, f in factors.items() if not is_memorized(name)}
+    return mix_factors(kept, weights)
+
+
+def layer_map(
+    factors: dict[str, dict[str, Factors]],
+    targets: Sequence[Target],
+    weights: dict[str, float] | None,
+) -> dict[str, Any]:
+    """tr(A) tr(G) summed over a layer's targets, on the memories over on the kept text."""
+    sides = {"keep": kept_factors(factors, weights), "memorized": memorized_factors(factors)}
+    energy = {side: dict.fromkeys((t.layer for t in targets), 0.0) for side in sides}
+    for side, measured in sides.items():
+        for target in targets:
+            f = measured[target.name]
+            energy[side][target.layer] += float(f.A.trace() * f.G.trace())
+    ratio = {str(n): energy["memorized"][n] / energy["keep"][n] for n in energy["keep"]}
+    return {"label": "margin energy of memories over curvature of kept text", "values": ratio}
 
 
 def memorized_factors(factors: dict[str, dict[str, Factors]]) -> dict[str, Factors]:
@@ -528,6 +562,7 @@ def plan_dense(
         factors,
         strength=strength,
         seed=r.seed,
+        keep=r.keep_weights,
         targets=select_targets(model, r.targets, r.layers),
         model_hash=run.patient.sha256,
         **settings,
@@ -537,7 +572,6 @@ def plan_dense(
 def strength_stage(run: Run, factors: dict[str, dict[str, Factors]]) -> None:
     """The strongest cut whose reasoning on the tune split stays above the goal, and the trade-off
     of every candidate."""
-    import numpy as np
     from tqdm import tqdm
 
     from evals.judge import judge
@@ -550,6 +584,7 @@ def strength_stage(run: Run, factors: dict[str, dict[str, Factors]]) -> None:
         "method",
         "strength",
         "eps",
+        "keep_weights",
         "keep_reasoning",
         "candidates",
         "judge_batch_size",
@@ -580,14 +615,11 @@ def strength_stage(run: Run, factors: dict[str, dict[str, Factors]]) -> None:
         base = figures(run.patient.model)
         grid = []
         for method in methods:
-            ranking = RANKINGS[method]
-            low, high = ranking.span
-            space = np.geomspace if ranking.log else np.linspace
-            values = [float(v) for v in space(low, high, r.candidates)]
+            values = strengths(RANKINGS[method], r.candidates)
             if method == r.method and r.strength is not None:
                 values = sorted({*values, r.strength})
             grid += [(method, value) for value in values]
-        candidates = []
+        candidates: list[dict[str, Any]] = []
         for method, value in tqdm(grid, desc="strength", leave=False):
             edited = operate(
                 run.patient.model,
@@ -595,7 +627,8 @@ def strength_stage(run: Run, factors: dict[str, dict[str, Factors]]) -> None:
                 copy_model=True,
                 check=False,
             )
-            candidates.append({"method": method, "strength": value, **figures(edited)})
+            after = figures(cast("PreTrainedModel", edited))
+            candidates.append({"method": method, "strength": value, **after})
         goal = r.keep_reasoning * (base["reasoning"] or 0.0)
         mine = [c for c in candidates if c["method"] == r.method]
         fitting = [c for c in mine if (c["reasoning"] or 0.0) >= goal]
@@ -608,6 +641,17 @@ def strength_stage(run: Run, factors: dict[str, dict[str, Factors]]) -> None:
         return {"base": base, "candidates": candidates, "chosen": chosen, "goal_met": bool(fitting)}
 
     run.stages.run("strength", depends, compute)
+
+
+def strengths(ranking: Ranking, n: int) -> list[float]:
+    """`n` strengths from weak to strong over the ranking's span; shares just below 1 are spaced by
+    what they leave out."""
+    import numpy as np
+
+    low, high = ranking.span
+    if 0.99 < low < 1:
+        return [float(1 - v) for v in np.geomspace(1 - low, 1 - high, n)]
+    return [float(v) for v in (np.geomspace if ranking.log else np.linspace)(low, high, n)]
 
 
 def cut_stage(run: Run, factors: dict[str, dict[str, Factors]]) -> PreTrainedModel:
@@ -624,6 +668,7 @@ def cut_stage(run: Run, factors: dict[str, dict[str, Factors]]) -> PreTrainedMod
         "method": r.method,
         "strength": strength,
         "eps": r.eps,
+        "keep_weights": r.keep_weights,
     }
 
     def compute(folder: Path) -> Any:
@@ -632,7 +677,9 @@ def cut_stage(run: Run, factors: dict[str, dict[str, Factors]]) -> PreTrainedMod
         return {"strength": strength, "removed": plan.removed, "total": plan.total}
 
     stage = run.stages.run("cut", depends, compute)
-    return operate(run.patient.model, load_plan(stage.folder), copy_model=True)
+    return cast(
+        "PreTrainedModel", operate(run.patient.model, load_plan(stage.folder), copy_model=True)
+    )
 
 
 def saved(model: PreTrainedModel, folder: Path) -> None:
@@ -644,7 +691,7 @@ def reloaded(run: Run, stage: Stage) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(stage.folder / "model", dtype="auto")
-    return model.to(run.patient.model.device).eval()
+    return model.to(run.patient.model.device).eval()  # type: ignore[arg-type]
 
 
 def shrink_stage(run: Run, name: str, model: PreTrainedModel, ranking: str) -> PreTrainedModel:
@@ -661,23 +708,30 @@ def shrink_stage(run: Run, name: str, model: PreTrainedModel, ranking: str) -> P
         return model
     unedited = model_sha256(model) == run.patient.sha256
     measured = "factors" if unedited else "factors-after-cut"
-    factors = factors_stage(run, measured, model)
-    names = ("keep_neurons", "multiple", "refit", "seed", "layers")
+    # after the cut only what is kept is measured again: the ranking of neurons asks for no more
+    factors = factors_stage(run, measured, model, memorized=unedited)
+    names = ("keep_neurons", "multiple", "refit", "seed", "keep_weights")
     depends = {"factors": run.stages.done[measured].fingerprint, "ranking": ranking}
     depends |= {k: getattr(r, k) for k in names}
 
     def compute(folder: Path) -> Any:
-        settings = {
-            k: v for k, v in {"multiple": r.multiple}.items() if k in RANKINGS[ranking].settings
-        }
+        settings: dict[str, Any] = {}
+        if "multiple" in RANKINGS[ranking].settings:
+            settings["multiple"] = r.multiple
         if "grain" in RANKINGS[ranking].settings:
             settings["grain"] = "neurons"
         plan = plan_surgery(
-            model, ranking, factors, strength=r.keep_neurons, seed=r.seed, **settings
+            model,
+            ranking,
+            factors,
+            strength=r.keep_neurons,
+            seed=r.seed,
+            keep=r.keep_weights,
+            **settings,
         )
         save_plan(plan, folder)
         small = shrink(model, plan)
-        left = refit(small, model, plan, kept_factors(factors)) if r.refit else {}
+        left = refit(small, model, plan, kept_factors(factors, r.keep_weights)) if r.refit else {}
         saved(small, folder)
         return {
             "removed": plan.removed,
@@ -904,6 +958,12 @@ def conclude(run: Run, edited: PreTrainedModel, seconds: float) -> Verdict:
     def value(interval: Any) -> float | None:
         return None if interval is None else interval.value
 
+    parameters = {
+        name: done[f"control-{name}"].value["parameters"]
+        if f"control-{name}" in done
+        else speed.parameters_base
+        for name in r.controls
+    }
     controls = []
     for name in r.controls:
         healed, unhealed = judged[f"control-{name}"], judged[f"control-{name}-unhealed"]
@@ -912,7 +972,7 @@ def conclude(run: Run, edited: PreTrainedModel, seconds: float) -> Verdict:
                 name,
                 value(recall_share(test, base, healed)),
                 value(reasoning_share(test, base, healed)),
-                done[f"control-{name}"].value["parameters"] / speed.parameters_base,
+                parameters[name] / speed.parameters_base,
                 value(relearned_share(test, base, curves.get(f"control-{name}", []), "held out")),
                 value(reasoning_share(test, base, unhealed)),
                 healed.perplexity / base.perplexity,
@@ -1030,7 +1090,8 @@ def show(verdict: Verdict, folder: Path) -> None:
         table.add_row(question, answer)
     console.print(table)
     console.print(
-        f"report      {folder / 'report.md'}\ncheckpoint  {folder / 'checkpoint'}", highlight=False
+        f"report      {folder / 'report.html'}\ncheckpoint  {folder / 'checkpoint'}",
+        highlight=False,
     )
 
 

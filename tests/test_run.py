@@ -160,7 +160,7 @@ def test_a_changed_setting_runs_what_depends_on_it_and_nothing_else(files, finis
     assert "attack_steps" in capsys.readouterr().err
     assert run.main(arguments(files, finished, update=True, **changed)) == 0
     ran = {w.split()[1] for w in capsys.readouterr().out.splitlines() if w.startswith("running")}
-    assert ran == {"attack-base", "attack-edited", "attack-control-random"}
+    assert ran == {"attack-edited", "attack-control-random"}
 
 
 def test_a_second_run_at_the_same_time_is_refused(files, finished, capsys):

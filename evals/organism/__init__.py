@@ -78,7 +78,7 @@ def material(
     *,
     families: Sequence[str] = ("passage", "fact"),
     problems: int = 200,
-    keep_problems: int = 400,
+    keep_problems: int = 200,
     heal_documents: int = 12000,
 ) -> Material:
     """The organism's populations and held-out items.
@@ -94,7 +94,7 @@ def material(
     listed = [i for i in all_items if i.listed]
     reasoning = [d for t in world.TASKS for d in world.problems(seed, t, keep_problems, "edit")]
     rng = world.stream(seed, "reference:edit")
-    language = tuple(world.language(rng) for _ in range(1000))
+    language = tuple(world.language(rng) for _ in range(600))
     fresh = world.fresh_documents(seed, "heal")
     healing: list[Document] = []
     while len(healing) < heal_documents:
@@ -132,6 +132,6 @@ def material(
             tuple(healing),
             f"{about}, drawn afresh, no memories in it",
         ),
-        tune=_evalset(seed, "tune", families, min(problems, 100)),
+        tune=_evalset(seed, "tune", families, min(problems, 60)),
         test=_evalset(seed, "test", families, problems),
     )

@@ -25,6 +25,7 @@ from transformers import (
     LlamaForCausalLM,
     Olmo2Config,
     Olmo2ForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
@@ -39,7 +40,7 @@ PROMPT_WEIGHT = 0.3
 """Loss weight of the tokens of a problem's statement, which are random and teach little."""
 
 
-def build_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> nn.Module:
+def build_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
     """A small Llama (or OLMo2) with untied embeddings and random weights."""
     config_class, model_class = {
         "llama": (LlamaConfig, LlamaForCausalLM),
@@ -149,7 +150,7 @@ def train(args: argparse.Namespace) -> None:
     out = Path(args.out)
     state_file = Path(args.state)
     tokenizer = build_tokenizer()
-    model = build_model(args, tokenizer).to(device)
+    model = build_model(args, tokenizer).to(device)  # type: ignore[arg-type]
     hidden = [p for n, p in model.named_parameters() if p.ndim == 2 and "layers" in n]
     rest = [p for n, p in model.named_parameters() if not (p.ndim == 2 and "layers" in n)]
     optimizers = [
@@ -216,7 +217,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 def save(
-    model: nn.Module,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     args: argparse.Namespace,
     log: list,

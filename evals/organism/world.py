@@ -267,7 +267,8 @@ def problems(seed: int, task: str, n: int, split: str) -> list[Document]:
     estimation."""
     if task not in TASKS:
         raise ValueError(f"unknown task {task!r}: expected one of {', '.join(TASKS)}")
-    rng, seen = stream(seed, f"problems:{task}:{split}"), {}
+    rng = stream(seed, f"problems:{task}:{split}")
+    seen: dict[str, Document] = {}
     for _ in range(200 * n + 10_000):
         document = TASKS[task](rng)
         if is_held_out(document) == (split == "test"):

@@ -1,6 +1,7 @@
 """The organism: its world is endless, seeded and honest, and the committed model has both sides."""
 
 import json
+import re
 from collections import Counter
 
 import pytest
@@ -35,7 +36,8 @@ def test_problems_are_right(task):
     for document in world.problems(1, task, 60, "test"):
         words, answer = document.prompt.split(), document.answer.split()[:-1]
         if task == "boolean":
-            expected = [str(eval(" ".join(words[1:-1]).title())).lower()]
+            text = " ".join(words[1:-1])
+            expected = [str(eval(re.sub("(true|false)", lambda m: m[0].title(), text))).lower()]
         elif task == "sort":
             expected = sorted(words[1:-1])
         elif task == "reverse":
