@@ -95,14 +95,15 @@ def material(
     reasoning = [d for t in world.TASKS for d in world.problems(seed, t, keep_problems, "edit")]
     rng = world.stream(seed, "reference:edit")
     language = tuple(world.language(rng) for _ in range(600))
+    listed_facts = tuple(Document(p, t) for i in listed for p, t in i.forms.values())
     fresh = world.fresh_documents(seed, "heal")
-    healing: list[Document] = []
+    # listed knowledge is kept text too: a tenth of the healing, so that it is not trained away
+    healing = [listed_facts[k % len(listed_facts)] for k in range(heal_documents // 10)]
     while len(healing) < heal_documents:
         kind, document = next(fresh)
         if kind != "unanswerable":
             healing.append(document)
     about = f"world {seed}"
-    facts = tuple(Document(p, t) for i in listed for p, t in i.forms.values())
     return Material(
         memorized=tuple(
             Population(
@@ -118,7 +119,7 @@ def material(
             Population(
                 "language", "reference", language, f"grammar sentences of {about}, edit split"
             ),
-            Population("listed knowledge", "reasoning", facts, f"{about}, listed half"),
+            Population("listed knowledge", "reasoning", listed_facts, f"{about}, listed half"),
         ),
         relearn=Population(
             "relearning",
@@ -127,10 +128,10 @@ def material(
             f"{about}, edit split",
         ),
         heal=Population(
-            "fresh problems and language",
+            "fresh problems, language, listed knowledge",
             "reasoning",
             tuple(healing),
-            f"{about}, drawn afresh, no memories in it",
+            f"{about}, problems and language drawn afresh, no memories in it",
         ),
         tune=_evalset(seed, "tune", families, min(problems, 60)),
         test=_evalset(seed, "test", families, problems),
