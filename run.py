@@ -864,18 +864,16 @@ def speed_stage(run: Run, edited: PreTrainedModel) -> None:
 
 
 def samples_stage(run: Run, edited: PreTrainedModel) -> None:
-    """What both models say, for the reader: memories that the base recites, and one problem of each
-    task."""
+    """What both models say, for the reader: the first memories of each family, and the first problem
+    of each task."""
     from curvature.artifacts import model_sha256
     from evals.generation import generate
-    from evals.judge import Judgement
 
     test, tokenizer = run.patient.material.test, run.patient.tokenizer
-    base = Judgement.from_json(run.stages.done["judge-base"].value)
-    recited = [
-        i for i, s in zip(test.memories, base.memories, strict=True) if s.strict and i.targeted
-    ]
-    shown = [("memory", i.prompt, i.target) for i in recited[:3] + recited[-3:]]
+    shown: list[tuple[str, str, str]] = []
+    for family in dict.fromkeys(item.family for item in test.headline()):
+        first = [item for item in test.headline() if item.family == family][:3]
+        shown += [(f"memory ({family})", item.prompt, item.target) for item in first]
     shown += [(name, d[0].prompt, d[0].answer) for name, d in test.tasks.items() if d[0].prompt]
 
     def compute(_: Path) -> Any:
@@ -897,12 +895,7 @@ def samples_stage(run: Run, edited: PreTrainedModel) -> None:
             )
         ]
 
-    depends = {
-        **run.source,
-        "edited": model_sha256(edited),
-        "base": run.stages.done["judge-base"].fingerprint,
-    }
-    run.stages.run("samples", depends, compute)
+    run.stages.run("samples", {**run.source, "edited": model_sha256(edited)}, compute)
 
 
 # The result ---------------------------------------------------------------------------------------

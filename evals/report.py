@@ -173,6 +173,22 @@ def family_table(families: Mapping[str, Any], loose: Mapping[str, Any]) -> Table
     )
 
 
+def arms_table(arms: Mapping[str, Mapping[str, float | None]]) -> Table:
+    columns = ("recall", "reasoning", "arithmetic", "listed", "unlisted")
+    rows = tuple(
+        (name, *(percent(arm.get(c)) for c in columns), _number(arm.get("perplexity")))
+        for name, arm in arms.items()
+    )
+    return Table(
+        "Every model of this run",
+        "Test split, plain values. `cut` is the dense edit, `shrunk` the model without the removed "
+        "neurons before healing, `edited` the exported checkpoint; a control is healed unless it "
+        "says otherwise. Listed and unlisted: general knowledge inside and outside the kept text.",
+        ("model", *columns, "clean perplexity"),
+        rows,
+    )
+
+
 def exposure_table(table: Mapping[str, Any]) -> Table:
     rows = []
     for family, rungs in table["base"].items():
@@ -265,6 +281,8 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
     if judgement.get("tasks") or judgement.get("unavailable"):
         out.append(task_table(judgement))
     out.append(control_table(verdict))
+    if results.get("arms"):
+        out.append(arms_table(results["arms"]))
     if (judgement.get("families") or {}).get("base"):
         out.append(family_table(judgement["families"], results.get("loose") or {}))
     if (judgement.get("recall_by_exposure") or {}).get("base"):

@@ -58,6 +58,7 @@ class Verdict:
     recall_base: float | None = None
     recall_edited: float | None = None
     recall_share: float | None = None
+    recall_share_before_healing: float | None = None
     recall_share_untargeted: float | None = None
     recall_share_after_relearning: float | None = None
     reasoning_base: float | None = None
@@ -218,6 +219,11 @@ def reach_verdict(
         "recall_share", recall_share(evalset, base, edited), "the base recites none of the memories"
     )
     put(
+        "recall_share_before_healing",
+        recall_share(evalset, base, before_healing) if before_healing is not None else None,
+        "the model before healing was not judged",
+    )
+    put(
         "recall_share_untargeted",
         recall_share(evalset, base, edited, targeted=False),
         "every family of memories was targeted, or the base recites none of the others",
@@ -320,7 +326,8 @@ def answers(verdict: Verdict) -> list[tuple[str, str]]:
 
     forgotten = (
         f"Recall of held-out memories is {share('recall_share')} of the base "
-        f"({percent(v.recall_base)} before, {percent(v.recall_edited)} after). "
+        f"({percent(v.recall_base)} before, {percent(v.recall_edited)} after; before healing "
+        f"{share('recall_share_before_healing')} of the base). "
         f"After an attacker relearns on other memories: {share('recall_share_after_relearning')}. "
         f"Memories of a kind the edit was not shown: {share('recall_share_untargeted')}."
     )
