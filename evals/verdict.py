@@ -215,13 +215,12 @@ def reach_verdict(
         values[f"gibberish_{arm}"] = judgement.gibberish
         if judgement.gibberish is None:
             reasons.setdefault(f"gibberish_{arm}", "samples were not taken")
-    put(
-        "recall_share", recall_share(evalset, base, edited), "the base recites none of the memories"
-    )
+    nothing = "the base recites none of the memories"
+    put("recall_share", recall_share(evalset, base, edited), nothing)
     put(
         "recall_share_before_healing",
         recall_share(evalset, base, before_healing) if before_healing is not None else None,
-        "the model before healing was not judged",
+        nothing if before_healing is not None else "the model before healing was not judged",
     )
     put(
         "recall_share_untargeted",
@@ -231,9 +230,11 @@ def reach_verdict(
     put(
         "recall_share_after_relearning",
         relearned_share(evalset, base, curves, attacked_group),
-        "no relearning attack was run to its end",
+        "no relearning attack was run to its end"
+        if not any(c.group == attacked_group and not c.note for c in curves)
+        else nothing,
     )
-    why = f"{_missing_tasks(base)}; {_missing_tasks(edited)}"
+    why = "; ".join(dict.fromkeys((_missing_tasks(base), _missing_tasks(edited))))
     put("reasoning_share", reasoning_share(evalset, base, edited), why)
     put(
         "arithmetic_share",
@@ -243,7 +244,7 @@ def reach_verdict(
     put(
         "reasoning_share_before_healing",
         reasoning_share(evalset, base, before_healing) if before_healing is not None else None,
-        "the model before healing was not judged",
+        why if before_healing is not None else "the model before healing was not judged",
     )
     for part in ("listed", "unlisted"):
         hits_base = [float(r.strict) for r in getattr(base, part)]
