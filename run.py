@@ -140,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return operate_on(recipe)
     except (ValueError, OSError) as error:
-        print(f"lethe: {error}", file=sys.stderr)
+        print(f"lethe: {' '.join(str(error).split())}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
         print(
@@ -159,12 +159,20 @@ def parse(arguments: Sequence[str] | None = None) -> Recipe:
         "--config", action=ActionConfigFile, help="A recipe file, such as recipes/organism.yaml."
     )
     parser.add_class_arguments(Recipe)
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    given = [underscored(a) for a in (sys.argv[1:] if arguments is None else arguments)]
     if not any(a.split("=")[0] in ("--config", "--model") for a in given):
         given = ["--config", str(ORGANISM_RECIPE), *given]
     values = parser.parse_args(given)
     recipe = Recipe(**{f.name: values[f.name] for f in dataclasses.fields(Recipe)})
     return dataclasses.replace(recipe, out=recipe.out or f"runs/{Path(recipe.model).name}")
+
+
+def underscored(argument: str) -> str:
+    """`--keep-neurons=.5` as `--keep_neurons=.5`: both spellings are taken."""
+    name, equals, value = argument.partition("=")
+    return (name.replace("-", "_").replace("__", "--", 1) if name.startswith("--") else name) + (
+        equals + value
+    )
 
 
 def quiet_libraries() -> None:

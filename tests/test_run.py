@@ -213,6 +213,12 @@ def test_recipes_name_settings_that_exist():
         assert set(yaml.safe_load(file.read_text())) <= known, file
 
 
+def test_both_spellings_of_an_option():
+    recipe = run.parse(["--keep-neurons=0.25", "--heal_tokens", "7", "--model", "a-b/c-d"])
+    assert (recipe.keep_neurons, recipe.heal_tokens, recipe.model) == (0.25, 7, "a-b/c-d")
+    assert recipe.out == "runs/c-d"
+
+
 def test_help_is_readable():
     said = subprocess.run(
         [sys.executable, "run.py", "--help"], capture_output=True, text=True, cwd=ROOT, check=True
