@@ -179,6 +179,9 @@ def quiet_libraries() -> None:
     """No progress bars or log lines but ours; nothing is fetched where HF_HUB_OFFLINE=1."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if not sys.stderr.isatty():
+        # bars are for people; a log gets one line per stage
+        os.environ.setdefault("TQDM_DISABLE", "1")
     import datasets
     import transformers
 
@@ -872,8 +875,8 @@ def speed_stage(run: Run, edited: PreTrainedModel) -> None:
 
 
 def samples_stage(run: Run, edited: PreTrainedModel) -> None:
-    """What both models say, for the reader: the first memories of each family, and the first problem
-    of each task."""
+    """What both models say, for the reader: the first memories of each family, and the first
+    problem of each task."""
     from curvature.artifacts import model_sha256
     from evals.generation import generate
 
