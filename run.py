@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from surgery.rankings.base import Ranking
 
 BAD_INPUT, INTERRUPTED = 2, 130
+ATTACK_TOKENS = 16 * 128
+"""Tokens per step of the relearning attack."""
 ORGANISM_RECIPE = Path(__file__).parent / "recipes" / "organism.yaml"
 
 
@@ -220,6 +222,7 @@ def load(recipe: Recipe) -> Patient:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from curvature.artifacts import model_sha256
+    from curvature.populations import batches
     from curvature.targets import mlp_blocks, select_targets
     from evals import organism
     from evals.evalset import material_from_files
@@ -276,6 +279,10 @@ def load(recipe: Recipe) -> Patient:
             problems=recipe.problems,
             seed=recipe.seed,
         )
+    for population in (*material.keep, *material.memorized):
+        # one pass over the tokens raises for a problem that does not fit into a row
+        for _ in batches(population, tokenizer, width=recipe.width, batch_size=recipe.batch_size):
+            pass
     return Patient(model, tokenizer, material, model_sha256(model), dtype)
 
 
@@ -293,6 +300,11 @@ def check(recipe: Recipe) -> None:
             raise ValueError(
                 f"{setting} {name!r} is unknown: expected one of {', '.join(RANKINGS)}"
             )
+    if 0 < recipe.heal_tokens < recipe.batch_size * recipe.width:
+        raise ValueError(
+            f"heal_tokens is {recipe.heal_tokens}, less than one step of batch_size "
+            f"{recipe.batch_size} x width {recipe.width}: raise it, or give 0 for no healing"
+        )
     for setting in ("keep_neurons", "keep_reasoning"):
         if not 0 < getattr(recipe, setting) <= 1:
             raise ValueError(
@@ -799,6 +811,11 @@ def attack_stage(run: Run, arm: str, model: PreTrainedModel) -> None:
     depends = {"attacked": model_sha256(model), "material": material.sha256}
     depends |= {k: getattr(r, k) for k in ("attack_steps", "attack_lr", "seed", "judge_batch_size")}
 
+    tokenizer = run.patient.tokenizer
+    prompted = [d.text for d in material.relearn.documents if d.prompt]
+    longest = max((len(tokenizer(text)["input_ids"]) + 1 for text in prompted), default=0)
+    width = 128 if longest <= 128 else r.width
+
     def compute(_: Path) -> Any:
         curves = relearn(
             model,
@@ -809,6 +826,8 @@ def attack_stage(run: Run, arm: str, model: PreTrainedModel) -> None:
             lrs=(r.attack_lr,),
             steps=r.attack_steps,
             every=max(1, r.attack_steps // 4),
+            batch_size=max(1, ATTACK_TOKENS // width),
+            width=width,
             judge_batch_size=r.judge_batch_size,
             seed=r.seed,
             progress=f"attack {arm}",

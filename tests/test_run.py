@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import random
 import subprocess
 import sys
@@ -179,7 +180,9 @@ BAD = {
     "missing model": ({"model": "./nowhere"}, "expected a folder with config.json"),
     "prefix beyond the context": ({"prefix_tokens": 400}, "into the context"),
     "prefix beyond the texts": ({"prefix_tokens": 100}, "no document holds a prefix of 100"),
-    "width beyond the context": ({"width": 4096}, "longer than the context"),
+    "healing of less than a step": ({"heal_tokens": 100}, "less than one step"),
+    "problem longer than a row": ({"width": 8}, "does not fit into a row of 8"),
+    "width beyond the context": ({"width": 4096, "heal_tokens": 0}, "longer than the context"),
     "layer that does not exist": ({"layers": "7-9"}, "layer"),
     "target that matches nothing": ({"targets": ["nothing_proj"]}, "nothing_proj"),
     "unknown method": ({"method": "magic"}, "'magic' is unknown: expected one of"),
@@ -238,3 +241,52 @@ def test_a_foreign_plan_is_not_applied(finished, files):
         model.lm_head.weight[0, 0] += 1
     with pytest.raises(ValueError, match="made for another model"):
         operate(model, plan)
+
+
+SHARED = os.environ.get("LETHE_SHARED")
+
+
+@pytest.mark.skipif(not SHARED, reason="LETHE_SHARED names no folder of models and data")
+def test_a_published_model_on_real_text(tmp_path):
+    """stories260K with Bible verses, word problems and a novel: nothing here was made by us."""
+    shared = Path(str(SHARED))
+    chapters = json.loads((shared / "data/kjv/Genesis.json").read_text())["chapters"]
+    verses = [v["text"] for chapter in chapters for v in chapter["verses"]]
+    problems = json.loads((shared / "data/svamp/SVAMP.json").read_text())[:60]
+    rows = {
+        "verses": [{"text": v} for v in verses if len(v) > 170][:40],
+        "problems": [
+            {"prompt": f"{p['Body']} {p['Question']}", "answer": f" {int(p['Answer'])}"}
+            for p in problems
+        ],
+    }
+    for name, lines in rows.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
+    novel = (shared / "data/gutenberg_alice/11-0.txt").read_text(encoding="utf-8-sig")
+    (tmp_path / "novel.txt").write_text(novel[2000:14000])
+    settings = {
+        "model": shared / "models/stories260K",
+        "memorized": tmp_path / "verses.jsonl",
+        "reasoning": tmp_path / "problems.jsonl",
+        "reference": tmp_path / "novel.txt",
+        "out": tmp_path / "run",
+        **{
+            **QUICK,
+            "prefix_tokens": 24,
+            "suffix_tokens": 40,
+            "width": 256,
+            "heal_tokens": 2048,
+            "multiple": 4,
+        },
+    }
+    given = [
+        f"--{k}={json.dumps(v) if isinstance(v, list | bool) else v}" for k, v in settings.items()
+    ]
+    assert run.main(given) == 0
+    verdict = json.loads((tmp_path / "run" / "results.json").read_text())["verdict"]
+    assert verdict["recall_base"] == 0
+    assert verdict["notes"]["recall_share"] == "the base recites none of the memories"
+    assert verdict["parameters_share"] < 0.75
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint")
+    assert small.config.intermediate_size == 84
+    assert small.config.tie_word_embeddings
