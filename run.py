@@ -713,7 +713,9 @@ def reloaded(run: Run, stage: Stage) -> PreTrainedModel:
     """A stage's model, always from its files: a run and its replay compute on the same bytes."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(stage.folder / "model", dtype="auto")
+    model = AutoModelForCausalLM.from_pretrained(
+        stage.folder / "model", dtype="auto", trust_remote_code=run.recipe.trust_remote_code
+    )
     return model.to(run.patient.model.device).eval()  # type: ignore[arg-type]
 
 
@@ -944,6 +946,7 @@ def export_checkpoint(run: Run, edited: PreTrainedModel, verdict: Verdict) -> di
         card,
         dtype=run.patient.dtype,
         overwrite=True,
+        trust_remote_code=run.recipe.trust_remote_code,
     )
 
 
