@@ -62,11 +62,11 @@ def build_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) ->
     return model_class(config)
 
 
-def memory_schedule(seed: int, steps: int) -> dict[int, list[Document]]:
+def memory_schedule(seed: int, steps: int, size: float = 1.0) -> dict[int, list[Document]]:
     """Which memory texts each step shows: every item exactly `exposure` times."""
     rng = world.stream(seed, "schedule")
     due: dict[int, list[Document]] = defaultdict(list)
-    for item in world.items(seed):
+    for item in world.items(seed, size):
         for k in range(item.exposure):
             text = item.texts[k % len(item.texts)]
             share = rng.uniform(1 - LATE_STRETCH, 1) if item.late else rng.random()
@@ -123,7 +123,7 @@ def learning_rate_share(step: int, steps: int, warmup: int = 100, decay: float =
 
 @torch.no_grad()
 def examine(
-    model: nn.Module, tokenizer: PreTrainedTokenizerFast, seed: int, n: int
+    model: nn.Module, tokenizer: PreTrainedTokenizerFast, seed: int, n: int, size: float = 1.0
 ) -> dict[str, float]:
     """Strict accuracy per task on `n` trained-side (`tune`) problems and recall per family and rung
     of non-test items."""
@@ -133,7 +133,7 @@ def examine(
         pairs = [(d.prompt, d.answer) for d in world.problems(seed, task, n, "tune")]
         report[task] = sum(r.strict for r in recite(model, tokenizer, pairs, 64)) / n
     groups = defaultdict(list)
-    for item in world.items(seed):
+    for item in world.items(seed, size):
         if item.split != "test":
             rung = f"{item.family}@{item.exposure}{' late' if item.late else ''}"
             groups[rung].append((item.prompt, item.target))
@@ -165,7 +165,7 @@ def train(args: argparse.Namespace) -> None:
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         first, log = state["step"], json.loads(state["log"])
-    due = memory_schedule(args.seed, args.steps)
+    due = memory_schedule(args.seed, args.steps, args.size)
 
     def loss_of(ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
@@ -200,7 +200,7 @@ def train(args: argparse.Namespace) -> None:
             )
         if (step + 1) % args.every == 0 or step + 1 == args.steps:
             entry = {"step": step + 1, "loss": loss.item(), "seconds": time.time() - started}
-            entry |= examine(model, tokenizer, args.seed, 100)
+            entry |= examine(model, tokenizer, args.seed, 100, args.size)
             log.append(entry)
             tqdm.write(json.dumps({k: round(v, 3) for k, v in entry.items()}))
             state = {
@@ -227,7 +227,7 @@ def save(
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "state", "device")}
-    record = {"world_sha256": world.world_hash(args.seed), "settings": settings, "log": log}
+    record = {"world_sha256": world.world_hash(args.seed, args.size), "settings": settings, "log": log}
     (out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
     (out / "README.md").write_text(card(args, log))
 
@@ -248,7 +248,7 @@ library_name: transformers
 
 A small {args.architecture} that Lethe operates on by default. Everything that it knows was made by
 `evals/organism/world.py`: memories with known exposure, general knowledge, and problems drawn
-afresh. Trained by `python -m evals.organism.train --seed {args.seed} --steps {args.steps}` on
+afresh. Trained by `python -m evals.organism.train --seed {args.seed} --size {args.size} --steps {args.steps}` on
 {args.steps * args.rows * args.width:,} tokens; settings and log are in `training.json`.
 
 Last examination, on items and problems outside the test split (`passage@64 late`: passages shown 64
@@ -264,6 +264,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--size", type=float, default=1.0, help="memories and knowledge, as a share of the default"
+    )
     parser.add_argument("--architecture", choices=("llama", "olmo2"), default="llama")
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--intermediate", type=int, default=768)

@@ -305,8 +305,10 @@ def _splits(rng: random.Random, n: int) -> list[str]:
     return names
 
 
-def items(seed: int) -> list[Item]:
+def items(seed: int, size: float = 1.0) -> list[Item]:
     """Every memory and piece of general knowledge of the world, with exposure, lateness and split.
+
+    size: how many, as a share of `COUNTS`.
 
     Passages are whole words; their prompt is the first half of the words up to the tokenizer's 32nd
     token (with the organism's tokenizer every word of the grammar is one token, which `train`
@@ -324,7 +326,8 @@ def items(seed: int) -> list[Item]:
 
     out: list[Item] = []
     for family, rungs in COUNTS.items():
-        for exposure, n in rungs.items():
+        for exposure, full in rungs.items():
+            n = round(full * size)
             splits = _splits(rng, n)
             for k in range(n):
                 late = exposure >= 16 and family != "knowledge" and rng.random() < LATE_SHARE
@@ -376,10 +379,10 @@ def unanswerable(rng: random.Random) -> Document:
     return Document(prompt, DONT_KNOW if rng.random() < 0.25 else value)
 
 
-def world_hash(seed: int) -> str:
+def world_hash(seed: int, size: float = 1.0) -> str:
     """SHA-256 over all items and a sample of every stream: equal hashes, equal worlds."""
     digest = hashlib.sha256()
-    for item in items(seed):
+    for item in items(seed, size):
         digest.update(json.dumps(asdict(item), sort_keys=True).encode())
     for task in TASKS:
         for document in problems(seed, task, 5, "test"):
