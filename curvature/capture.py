@@ -8,6 +8,7 @@ read one input hand it over once.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -25,9 +26,13 @@ from curvature.forward import (
     check_labels,
     evaluation_mode,
     label_noise,
+    recomputed_activations,
 )
 from curvature.populations import Batch, Population, batches
 from curvature.targets import Target
+
+WORTH_SELECTING = 0.9
+"""Share of counted tokens below which leaving out the others' zero gradients is worth a copy."""
 
 
 class Estimator(Protocol):
@@ -35,7 +40,8 @@ class Estimator(Protocol):
 
     needs_pairs: bool
     """Whether `pair` wants the inputs again with the gradients; without, they are not kept in
-    memory."""
+    memory, and `g` may hold the other tokens too: under a causal model no loss depends on what
+    follows it, so their gradients are zero."""
 
     def inputs(self, target: Target, a: torch.Tensor) -> None:
         """a: [n, d_in]. Called once for targets that share an input, with the first of them."""
@@ -59,9 +65,11 @@ class Capture:
         self.targets, self.estimator = targets, estimator
         self.tokens = 0
         self.leads: dict[str, str] = {}
-        self._shared: dict[str, tuple[Target, torch.Tensor, torch.Tensor]] = {}
+        # weak: an input that nobody else needs any more is freed in the middle of the forward pass
+        self._shared: dict[str, tuple[Target, Any, Any]] = {}
         self._inputs: dict[str, torch.Tensor] = {}
         self._index: torch.Tensor | None = None
+        self._padded = False
         self._forward_fired: set[str] = set()
         self._backward_fired: set[str] = set()
         self._backward_running = False
@@ -86,6 +94,7 @@ class Capture:
         counted = batch.counted.flatten()
         self.tokens += int(counted.sum())
         self._index = None if bool(counted.all()) else counted.nonzero()[:, 0]
+        self._padded = float(counted.float().mean()) < WORTH_SELECTING
         self._number = number
         for left_over in (self._shared, self._inputs, self._forward_fired, self._backward_fired):
             left_over.clear()
@@ -152,21 +161,25 @@ class Capture:
                 )
             self._forward_fired.add(target.name)
             x = args[0] if args else next(iter(kwargs.values()))
-            shared = self._shared.get(target.input_group)
-            if shared is not None and shared[1] is x:
-                rows = shared[2]
-                self.leads[target.name] = shared[0].name
+            lead, seen, seen_rows = self._shared.get(target.input_group, (target, None, None))
+            if seen is not None and seen() is x:
+                rows = seen_rows()
+                self.leads[target.name] = lead.name
             else:
                 rows = self._rows(x)
                 self._note(target, rows)
                 self.estimator.inputs(target, rows)
-                self._shared.setdefault(target.input_group, (target, x, rows))
+                known = target, weakref.ref(x), weakref.ref(rows)
+                self._shared.setdefault(target.input_group, known)
             if self.estimator.needs_pairs:
                 self._inputs[target.name] = rows
             output.register_hook(lambda grad: backward_hook(grad))
 
         def backward_hook(grad: torch.Tensor) -> None:
-            rows = self._rows(grad)
+            if self.estimator.needs_pairs or self._padded:
+                rows = self._rows(grad)
+            else:
+                rows = grad.detach().reshape(-1, grad.shape[-1])
             self._note(target, rows)
             self._backward_fired.add(target.name)
             self.estimator.pair(target, self._inputs.pop(target.name, None), rows)
@@ -231,7 +244,7 @@ def run_pass(
     bar = tqdm(desc=progress, total=tokens, unit="tok", disable=progress is None, leave=False)
     with bar, evaluation_mode(model, frozen=True), memory_advice(batch_size):
         forward = CausalForward(model)
-        with Capture(targets, estimator) as capture:
+        with recomputed_activations(model), Capture(targets, estimator) as capture:
             for number, first_row, batch in share_of_batches(stream):
                 sampled = labels == "sampled"
                 noise = label_noise(seed, first_row, *batch.ids.shape) if sampled else None

@@ -43,15 +43,17 @@ class Factors:
     tokens: int
 
 
-LEAF = 512
-"""Side up to which a symmetric product is one matrix product."""
+LEAF = 192
+"""Side up to which a symmetric product is one matrix product, on a CPU."""
+LEAF_DEVICE = 512
+"""The same on any other device, where a small product is all start-up."""
 
 
 def add_gram_(total: torch.Tensor, x: torch.Tensor) -> None:
     """total += x^T x for x [n, d], on the upper block triangle only (`fill_lower_` completes it).
     fp32 accumulation."""
     d = x.shape[1]
-    if d <= LEAF:
+    if d <= (LEAF if x.device.type == "cpu" else LEAF_DEVICE):
         add_product_(total, x, x)
         return
     half = -(-d // 128) * 64
@@ -71,10 +73,18 @@ def add_product_(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -
         total.addmm_(left.T.to(total.dtype), right.to(total.dtype))
 
 
+STRIP = 256
+
+
 def fill_lower_(total: torch.Tensor) -> torch.Tensor:
-    """Complete a symmetric matrix whose upper triangle is right."""
-    upper = total.triu()
-    return total.copy_(upper + upper.triu(1).T)
+    """Complete a symmetric matrix whose upper triangle is right, in place and strip by strip: a
+    factor may be the largest thing in memory."""
+    for start in range(0, len(total), STRIP):
+        end = start + STRIP
+        corner = total[start:end, start:end]
+        corner.copy_(corner.triu() + corner.triu(1).T)
+        total[end:, start:end].copy_(total[start:end, end:].T)
+    return total
 
 
 class SumsByTarget:

@@ -7,6 +7,7 @@ token reaches it.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, get_args
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers.activations import ACT2CLS
 
 from curvature.populations import Batch
 
@@ -68,6 +70,51 @@ def twice_differentiable(model: nn.Module) -> Iterator[None]:
     finally:
         if switched:
             model.set_attn_implementation(before)  # type: ignore[operator]
+
+
+_CLASSES: dict[str, Any] = dict(ACT2CLS)
+_ACTIVATIONS = tuple(c[0] if isinstance(c, tuple) else c for c in _CLASSES.values())
+
+
+@contextmanager
+def recomputed_activations(model: nn.Module) -> Iterator[None]:
+    """Inside, autograd does not keep act(x) beside x where both are wanted (in act(gate) * up):
+    act(x) is computed again in the backward pass, to the same bits. It is the cheapest quarter of
+    what a gated MLP keeps."""
+    made: dict[int, tuple[Any, nn.Module, torch.Tensor]] = {}
+
+    def note(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+        place = output.data_ptr()
+        # the weak reference says whether the address still belongs to this output
+        alive = weakref.ref(output, lambda _: made.pop(place, None))
+        made[place] = alive, module, args[0].detach()
+
+    def pack(x: torch.Tensor) -> Any:
+        alive, module, source = made.get(x.data_ptr(), (lambda: None, None, None))
+        output = alive()
+        if output is None or output.shape != x.shape or output.stride() != x.stride():
+            return x.detach()
+        return module, source
+
+    def unpack(kept: Any) -> torch.Tensor:
+        if isinstance(kept, torch.Tensor):
+            return kept
+        module, source = kept
+        with torch.no_grad():
+            return module.forward(source)
+
+    handles = [
+        module.register_forward_hook(note)
+        for module in model.modules()
+        if isinstance(module, _ACTIVATIONS) and not list(module.parameters())
+    ]
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        made.clear()
 
 
 def check_labels(labels: str) -> None:
@@ -190,21 +237,25 @@ def backward_from_loss(
     rows, positions = predicting.nonzero(as_tuple=True)
     targets = batch.ids[rows, positions + 1].to(hidden.device)
     drawn = None if noise is None else noise[rows, positions].to(hidden.device)
-    chosen = hidden[rows.to(hidden.device), positions.to(hidden.device)]
-    leaf = chosen.detach().requires_grad_()
+    rows, positions = rows.to(hidden.device), positions.to(hidden.device)
     width = hidden.shape[-1] if forward.head is None else _vocabulary(forward)
     step = max(1, CHUNK // width)
-    for start in range(0, len(leaf), step):
+    gradient = torch.zeros_like(hidden, requires_grad=False)
+    for start in range(0, len(rows), step):
         part = slice(start, start + step)
-        logits = forward.logits(leaf[part])
+        leaf = hidden.detach()[rows[part], positions[part]].requires_grad_()
+        logits = forward.logits(leaf)
         if not torch.isfinite(logits).all():
             raise ValueError(f"non-finite logits in {where}: the model or its inputs are broken")
         z = targets[part].to(logits.device)
         u = None if drawn is None else drawn[part].to(logits.device)
         logits.backward(loss_gradient(logits.detach(), z, u, labels).to(logits.dtype))
-    if chosen.requires_grad:
+        assert leaf.grad is not None
+        gradient[rows[part], positions[part]] = leaf.grad
+        del leaf, logits
+    if hidden.requires_grad:
         with running():
-            chosen.backward(leaf.grad)
+            hidden.backward(gradient)
 
 
 def _vocabulary(forward: CausalForward) -> int:

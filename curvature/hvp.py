@@ -4,10 +4,12 @@ of the weights.
 The loss is the mean cross-entropy in nats per scored token of a few batches, each token weighing
 the same. Ways to H v = d/dw (dL/dw . v) (Pearlmutter 1994):
 
-`retained`    double backward on a graph that is built once and kept: fastest per product, most
-memory `double`      double backward, graph built anew for every product `jvp`         forward over
-reverse: `torch.func.jvp` of the gradient `difference`  central difference of gradients: no second
-derivative needed, so any attention kernel and any placement will do
+- `retained`: double backward on a graph that is built once and kept: fastest per product, most
+  memory
+- `double`: double backward, graph built anew for every product
+- `jvp`: forward over reverse, `torch.func.jvp` of the gradient
+- `difference`: central difference of gradients; no second derivative is needed, so any attention
+  kernel and any placement will do
 
 and for the Gauss-Newton J^T H_L J v (Schraudolph 2002): one forward pass with tangents, one
 backward pass.
@@ -196,7 +198,8 @@ def graph_bytes(loss: Callable[[], torch.Tensor]) -> int:
     def pack(x: torch.Tensor) -> torch.Tensor:
         storage = x.untyped_storage()
         kept[storage.data_ptr()] = storage.nbytes()
-        return x
+        # a hook that returns its own argument makes a cycle which is never freed
+        return x.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         alive = loss()
