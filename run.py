@@ -595,8 +595,7 @@ def plan_dense(
 def strength_stage(run: Run, factors: dict[str, dict[str, Factors]]) -> None:
     """The strongest cut whose reasoning on the tune split stays above the goal, and the trade-off
     of every candidate."""
-    from tqdm import tqdm
-
+    from curvature.progress import bar
     from evals.judge import judge
     from surgery.operate import operate
     from surgery.rankings import RANKINGS
@@ -643,7 +642,7 @@ def strength_stage(run: Run, factors: dict[str, dict[str, Factors]]) -> None:
                 values = sorted({*values, r.strength})
             grid += [(method, value) for value in values]
         candidates: list[dict[str, Any]] = []
-        for method, value in tqdm(grid, desc="strength", leave=False):
+        for method, value in bar("strength", grid, unit="cuts"):
             edited = operate(
                 run.patient.model,
                 plan_dense(run, factors, method, value),

@@ -16,7 +16,6 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import nn
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from curvature.forward import (
@@ -29,6 +28,7 @@ from curvature.forward import (
     recomputed_activations,
 )
 from curvature.populations import Batch, Population, batches
+from curvature.progress import bar
 from curvature.targets import Target
 
 WORTH_SELECTING = 0.9
@@ -241,8 +241,8 @@ def run_pass(
     stream = batches(
         population, tokenizer, width=width, batch_size=batch_size, tokens=tokens, seed=seed
     )
-    bar = tqdm(desc=progress, total=tokens, unit="tok", disable=progress is None, leave=False)
-    with bar, evaluation_mode(model, frozen=True), memory_advice(batch_size):
+    shown = bar(progress, total=tokens, unit="tokens")
+    with shown, evaluation_mode(model, frozen=True), memory_advice(batch_size):
         forward = CausalForward(model)
         with recomputed_activations(model), Capture(targets, estimator) as capture:
             for number, first_row, batch in share_of_batches(stream):
@@ -256,6 +256,6 @@ def run_pass(
                 )
                 capture.finish()
                 after(batch)
-                bar.update(int(batch.scored.sum()))
+                shown.update(int(batch.scored.sum()))
         capture.check_finite()
     return capture

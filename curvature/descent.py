@@ -10,11 +10,11 @@ from typing import Literal
 import torch
 from torch import nn
 from torch.nn import functional as F
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from curvature.forward import device_of
 from curvature.populations import Batch, Population, endless_batches
+from curvature.progress import bar
 
 Schedule = Literal["cosine", "constant"]
 
@@ -90,7 +90,8 @@ def fine_tune(
     torch.manual_seed(seed)
     try:
         model.train()
-        for step in tqdm(range(steps), desc=progress, disable=progress is None, leave=False):
+        shown = bar(progress, total=steps * batch_size * width, unit="tokens")
+        for step in range(steps):
             loss = population_loss(model, next(stream))
             losses.append(loss.item())
             if not math.isfinite(losses[-1]):
@@ -105,6 +106,8 @@ def fine_tune(
                 group["lr"] = lr * schedule_share(step, steps, schedule)
             optimizer.step()
             model.zero_grad(set_to_none=True)
+            shown.update(batch_size * width)
+        shown.close()
     finally:
         model.zero_grad(set_to_none=True)
         torch.random.set_rng_state(state)

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from curvature.hvp import CurvatureProduct, Matrix, Method, curvature_product
 from curvature.populations import Batch
+from curvature.progress import bar
 from curvature.targets import MlpBlock, Target
 
 
@@ -98,7 +98,7 @@ def hutchinson(
     }
     neurons = {b.layer: _Running() for b in whole}
     generator = torch.Generator().manual_seed(seed)
-    for _ in tqdm(range(probes), desc=progress, disable=progress is None, leave=False):
+    for _ in bar(progress, range(probes), unit="probes"):
         v = rademacher(product.weights, generator)
         samples = {}
         for target, v_i, hv_i in zip(targets, v, product(v), strict=True):
@@ -142,7 +142,7 @@ def curvature_diagonals(
     diagonals: dict[str, CurvatureDiagonal] = {}
     neurons: dict[int, Estimate] = {}
     layers = list(dict.fromkeys(t.layer for t in targets))
-    for layer in tqdm(layers, desc=progress, disable=progress is None, leave=False):
+    for layer in bar(progress, layers, unit="layers"):
         chosen = [t for t in targets if t.layer == layer]
         weights = [t.parameter for t in chosen]
         with curvature_product(model, batches, weights, matrix=matrix, method=method) as product:

@@ -9,10 +9,10 @@ import math
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from curvature.hutchinson import rademacher
 from curvature.hvp import CurvatureProduct
+from curvature.progress import bar
 from curvature.spectra import Spectrum
 
 
@@ -75,7 +75,7 @@ def lanczos_spectrum(
     weights: list[float] = []
     traces: list[float] = []
     best: list[float] = []
-    for _ in tqdm(range(runs), desc=progress, disable=progress is None, leave=False):
+    for _ in bar(progress, range(runs), unit="runs"):
         ritz, mass, residual = lanczos_run(product, rademacher(product.weights, generator), steps)
         values += ritz.tolist()
         weights += (mass / runs).tolist()

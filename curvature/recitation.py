@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from scipy import stats
 from torch import nn
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from curvature.eigenbases import TargetEigenbases
 from curvature.forward import CausalForward, device_of, evaluation_mode
 from curvature.populations import Document, Population
+from curvature.progress import bar
 from curvature.targets import Target
 from curvature.whitening import FLAT_SHARE
 
@@ -154,7 +154,7 @@ def scan_recitation(
         forward = CausalForward(model)
         with _FlatEnergy(targets, bases) as energy:
             starts = range(0, len(pieces), batch_size)
-            for first in tqdm(starts, desc=progress, disable=progress is None, leave=False):
+            for first in bar(progress, starts, unit="batches"):
                 part = pieces[first : first + batch_size]
                 rows = [[bos, *ids] if begins else ids for _, _, ids in part]
                 ids = torch.tensor(rows, device=device_of(model))

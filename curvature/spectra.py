@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from curvature.forward import device_of, evaluation_mode, twice_differentiable
 from curvature.populations import Batch
+from curvature.progress import bar
 from curvature.targets import Target
 
 
@@ -204,7 +204,7 @@ def pyhessian_spectra(
         jobs.append(("model", None))
     return {
         name: pyhessian_spectrum(model, batches, chosen, name=name, **settings)
-        for name, chosen in tqdm(jobs, desc=progress, disable=progress is None, leave=False)
+        for name, chosen in bar(progress, jobs, unit="spectra")
     }
 
 

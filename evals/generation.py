@@ -6,8 +6,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from curvature.progress import bar
 
 
 @torch.no_grad()
@@ -60,7 +61,7 @@ def generate(
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
-        for group in tqdm(groups, desc=progress, disable=progress is None, leave=False):
+        for group in bar(progress, groups, unit="batches"):
             width = max(len(encoded[k]) for k in group)
             ids = torch.full((len(group), width), pad)
             mask = torch.zeros(len(group), width, dtype=torch.long)

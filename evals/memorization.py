@@ -16,9 +16,9 @@ import torch
 from rapidfuzz.distance import Levenshtein
 from scipy.stats import mannwhitneyu
 from torch import nn
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from curvature.progress import bar
 from evals.generation import generate
 
 LOOSE = 0.75
@@ -88,7 +88,8 @@ def recite(
     device = next(model.parameters()).device
     out: list[Recitation | None] = [None] * len(encoded)
     batches = [order[k : k + batch_size] for k in range(0, len(order), batch_size)]
-    for batch in tqdm(batches, desc=progress, disable=progress is None, leave=False):
+    shown = bar(progress, total=sum(len(ids) for ids, _ in encoded), unit="tokens")
+    for batch in batches:
         width = len(encoded[batch[0]][0])
         ids = torch.zeros(len(batch), width, dtype=torch.long)
         mask = torch.zeros(len(batch), width, dtype=torch.long)
@@ -113,6 +114,8 @@ def recite(
             out[k] = Recitation(
                 bool(right.all()), float(right.float().mean()), 1 - revealed / n, float(logprob), n
             )
+        shown.update(int(mask.sum()))
+    shown.close()
     return [r for r in out if r is not None]
 
 

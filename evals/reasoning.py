@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from curvature.populations import Document
+from curvature.progress import bar
 from evals.memorization import encode_pair
 
 TASK_FOLDER = Path(__file__).parent / "tasks"
@@ -316,8 +316,9 @@ def evaluate_reasoning(
                 tokenizer=tokenizer,
                 batch_size=batch_size,
             )
-        with tqdm(desc=progress, disable=progress is None, leave=False, unit=" requests") as bar:
-            lm.bar = bar if progress is not None else None
+        questions = sum(len(given) for given in tasks.values() if given is not None)
+        with bar(progress, total=questions or None, unit="requests") as shown:
+            lm.bar = shown if progress is not None else None
             with _quiet():
                 output = lm_eval.simple_evaluate(
                     model=lm,
