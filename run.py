@@ -2,8 +2,12 @@
 has forgotten what it recites and still reasons, with a report that proves it.
 
     python run.py                                    # the embedded organism, offline, a few minutes
+    python run.py --model M                          # any causal model; built-in texts stand in
     python run.py --model M --memorized F --reasoning F --reference F
     python run.py --config runs/organism/recipe.yaml # replay
+    python run.py --ask "..." --run runs/organism    # base and edited side by side
+
+Exit status: 0 goals met, 1 goals not met (the report is there), 2 bad input, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -25,14 +29,18 @@ if TYPE_CHECKING:
     from curvature.stages import Stage, Stages
     from curvature.targets import Target
     from evals.evalset import Material
+    from evals.outcome import Goal
     from evals.verdict import Verdict
     from surgery.plan import Plan
     from surgery.rankings.base import Ranking
 
-BAD_INPUT, INTERRUPTED = 2, 130
+MET, NOT_MET, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 ATTACK_TOKENS = 16 * 128
 """Tokens per step of the relearning attack."""
 ORGANISM_RECIPE = Path(__file__).parent / "recipes" / "organism.yaml"
+NOT_SAVED = ("update", "quiet", "scan_only", "measure_only", "plan_only")
+NOT_SAVED += ("ask", "run", "push_to_hub", "stated")
+"""Settings that say what to do with a recipe: no part of it, and no reason to run a stage again."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +91,15 @@ class Recipe:
         seed: Seed of every draw.
         device: Where to compute.
         trust_remote_code: Run code that comes with the model.
+        scan_only: Only look for what the model recites.
+        measure_only: Only measure the curvature.
+        plan_only: Only predict what cuts would cost; no weights are written.
+        quiet: Print the verdict only.
+        ask: A prompt for the base and the edited model of --run, side by side.
+        run: A finished run folder, for --ask and --push-to-hub.
+        push_to_hub: Upload the checkpoint with its card to this repository, user/name.
+        stated: Settings that were given by hand or by a file; all others may be fitted to the
+            model.
     """
 
     model: str = "organism"
@@ -121,6 +138,21 @@ class Recipe:
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     trust_remote_code: bool = False
+    scan_only: bool = False
+    measure_only: bool = False
+    plan_only: bool = False
+    quiet: bool = False
+    ask: str | None = None
+    run: str | None = None
+    push_to_hub: str | None = None
+    stated: tuple[str, ...] = ()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that a replay needs, as plain data."""
+        values = dataclasses.asdict(self)
+        plain = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+        return {k: v for k, v in plain.items() if k not in NOT_SAVED}
 
 
 @dataclass(frozen=True)
@@ -136,9 +168,10 @@ class Patient:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse, operate, report. Exit status: 0 done, 2 bad input, 130 interrupted."""
+    """Parse, operate, report. Exit status: 0 goals met, 1 goals not met, 2 bad input, 130
+    interrupted."""
     recipe = parse(arguments)
-    quiet_libraries()
+    quiet_libraries(recipe.quiet)
     try:
         return operate_on(recipe)
     except (ValueError, OSError) as error:
@@ -156,34 +189,49 @@ def parse(arguments: Sequence[str] | None = None) -> Recipe:
     """The recipe that the command line asks for; without --model or --config, the organism's."""
     from jsonargparse import ActionConfigFile, ArgumentParser
 
-    parser = ArgumentParser(prog="run.py", description=__doc__)
+    parser = ArgumentParser(prog="lethe", description=__doc__)
     parser.add_argument(
         "--config", action=ActionConfigFile, help="A recipe file, such as recipes/organism.yaml."
     )
-    parser.add_class_arguments(Recipe)
-    given = [underscored(a) for a in (sys.argv[1:] if arguments is None else arguments)]
+    parser.add_class_arguments(Recipe, skip={"stated"})
+    given = spelled(sys.argv[1:] if arguments is None else arguments)
     if not any(a.split("=")[0] in ("--config", "--model") for a in given):
         given = ["--config", str(ORGANISM_RECIPE), *given]
-    values = parser.parse_args(given)
-    recipe = Recipe(**{f.name: values[f.name] for f in dataclasses.fields(Recipe)})
+    found = parser.parse_args(given, defaults=False).as_dict()
+    stated = {f.name: found[f.name] for f in dataclasses.fields(Recipe) if f.name in found}
+    recipe = Recipe(**stated, stated=tuple(stated))
     return dataclasses.replace(recipe, out=recipe.out or f"runs/{Path(recipe.model).name}")
 
 
-def underscored(argument: str) -> str:
-    """`--keep-neurons=.5` as `--keep_neurons=.5`: both spellings are taken."""
-    name, equals, value = argument.partition("=")
-    return (name.replace("-", "_").replace("__", "--", 1) if name.startswith("--") else name) + (
-        equals + value
-    )
+def spelled(arguments: Sequence[str]) -> list[str]:
+    """Arguments as the parser wants them: `--keep-neurons=.5` as `--keep_neurons=.5`, and a flag
+    without a value, `--update`, as `--update=true`."""
+    flags = {f.name for f in dataclasses.fields(Recipe) if f.type == "bool"}
+    out: list[str] = []
+    for place, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name.startswith("--"):
+            name = "--" + name[2:].replace("-", "_")
+        following = arguments[place + 1] if place + 1 < len(arguments) else ""
+        if name[2:] in flags and not equals and following.lower() not in ("true", "false"):
+            equals, value = "=", "true"
+        out.append(name + equals + value)
+    return out
 
 
-def quiet_libraries() -> None:
-    """No progress bars or log lines but ours; nothing is fetched where HF_HUB_OFFLINE=1."""
+def quiet_libraries(quiet: bool = False) -> None:
+    """No progress bars, warnings or log lines but ours; nothing is fetched where
+    HF_HUB_OFFLINE=1. quiet: no bars of ours either."""
+    import warnings
+
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    if not sys.stderr.isatty():
+    if quiet or not sys.stderr.isatty():
         # bars are for people; a log gets one line per stage
         os.environ.setdefault("TQDM_DISABLE", "1")
+    # our own warnings are UserWarnings; what libraries say to their developers is not for users
+    for category in (DeprecationWarning, FutureWarning, PendingDeprecationWarning):
+        warnings.simplefilter("ignore", category)
     import datasets
     import transformers
 
@@ -216,6 +264,61 @@ class Run:
         return {"model": self.patient.sha256, "material": self.patient.material.sha256}
 
 
+def path_of(recipe: Recipe) -> str | Path:
+    """Where the model is: a folder or a hub name. Raises ValueError for a folder without one."""
+    from evals import organism
+
+    path: str | Path = organism.MODEL if recipe.model == "organism" else recipe.model
+    local = Path(path).exists() or str(path).startswith((".", "/"))
+    if local and not (Path(path) / "config.json").exists():
+        raise ValueError(f"{path}: expected a folder with config.json, weights and a tokenizer")
+    return path
+
+
+def device_of(recipe: Recipe) -> str:
+    import torch
+
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    return found if recipe.device == "auto" else recipe.device
+
+
+def fit(recipe: Recipe) -> Recipe:
+    """The recipe with what nobody stated fitted to the model's shape and to the free memory; a run
+    that goes on keeps what it began with."""
+    import psutil
+    import torch
+    import yaml
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from curvature.targets import mlp_blocks
+    from recipes import fitted
+
+    path = path_of(recipe)
+    if recipe.model == "organism":
+        return recipe
+    file = Path(str(recipe.out)) / "recipe.yaml"
+    began = yaml.safe_load(file.read_text()) if file.exists() else None
+    trust = {"trust_remote_code": recipe.trust_remote_code}
+    config = AutoConfig.from_pretrained(path, **trust)
+    with torch.device("meta"):
+        shape = AutoModelForCausalLM.from_config(config, **trust)
+    gpu = device_of(recipe) == "cuda"
+    free = torch.cuda.mem_get_info()[0] if gpu else psutil.virtual_memory().available
+    sides = [(t.d_in, t.d_out) for b in mlp_blocks(shape) for t in b.targets]
+    settings = fitted(
+        config,
+        parameters=sum(p.numel() for p in shape.parameters()),
+        factor_bytes=sum(8 * (i * i + o * o) for i, o in sides),
+        free_bytes=free,
+        gpu=gpu,
+    )
+    if isinstance(began, dict) and began.get("model") == recipe.model:
+        settings = {k: began.get(k, v) for k, v in settings.items()}
+    return dataclasses.replace(
+        recipe, **{k: v for k, v in settings.items() if k not in recipe.stated}
+    )
+
+
 def load(recipe: Recipe) -> Patient:
     """The patient and its texts, checked as far as can be known before any long work."""
     import torch
@@ -226,25 +329,16 @@ def load(recipe: Recipe) -> Patient:
     from curvature.targets import mlp_blocks, select_targets
     from evals import organism
     from evals.evalset import material_from_files
+    from evals.standins import standin_material
     from surgery.export import check_exportable
 
-    path: str | Path = recipe.model
-    seed = 0
-    if recipe.model == "organism":
-        path, seed = organism.MODEL, organism.organism_seed()
-    elif not recipe.memorized or not recipe.reasoning:
+    path, device = path_of(recipe), device_of(recipe)
+    standins = recipe.model != "organism" and not recipe.memorized
+    if recipe.model != "organism" and bool(recipe.memorized) != bool(recipe.reasoning):
         raise ValueError(
-            f"--model {recipe.model} needs --memorized (text that must go) and --reasoning "
-            "(text that must stay)"
+            f"--model {recipe.model} needs both --memorized (text that must go) and --reasoning "
+            "(text that must stay), or neither: then built-in texts stand in"
         )
-    local = Path(path).exists() or str(path).startswith((".", "/"))
-    if local and not (Path(path) / "config.json").exists():
-        raise ValueError(f"{path}: expected a folder with config.json, weights and a tokenizer")
-    device = (
-        recipe.device
-        if recipe.device != "auto"
-        else ("cuda" if torch.cuda.is_available() else "cpu")
-    )
     tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=recipe.trust_remote_code)
     model = AutoModelForCausalLM.from_pretrained(
         path, dtype="auto", trust_remote_code=recipe.trust_remote_code
@@ -267,7 +361,19 @@ def load(recipe: Recipe) -> Patient:
     select_targets(model, recipe.targets, recipe.layers)
     mlp_blocks(model, recipe.layers)
     if recipe.model == "organism":
+        seed = organism.organism_seed()
         material = organism.material(seed, families=recipe.families, problems=recipe.problems)
+    elif standins:
+        material = standin_material(
+            model,
+            tokenizer,
+            prefix_tokens=recipe.prefix_tokens,
+            suffix_tokens=recipe.suffix_tokens,
+            width=recipe.width,
+            problems_per_task=recipe.problems,
+            seed=recipe.seed,
+            batch_size=recipe.judge_batch_size,
+        )
     else:
         material = material_from_files(
             tokenizer,
@@ -330,10 +436,7 @@ def prepare_folder(recipe: Recipe) -> Path:
 
     folder = Path(str(recipe.out))
     file = folder / "recipe.yaml"
-    settings = {
-        k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(recipe).items()
-    }
-    del settings["update"]
+    settings = recipe.settings
     if file.exists():
         before = yaml.safe_load(file.read_text())
         changed = (
@@ -345,7 +448,7 @@ def prepare_folder(recipe: Recipe) -> Path:
             raise ValueError(
                 f"{folder} holds a run with other settings ({', '.join(changed)}): "
                 "choose another --out, or give "
-                "--update true to run again what depends on them"
+                "--update to run again what depends on them"
             )
     elif folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} exists and is not a run folder: choose another --out")
@@ -366,10 +469,12 @@ def operate_on(recipe: Recipe) -> int:
 
     started = time.perf_counter()
     check(recipe)
+    recipe = fit(recipe)
     patient = load(recipe)
     folder = prepare_folder(recipe)
     with locked(folder):
-        run = Run(recipe, patient, Stages(folder, announce), folder)
+        say = silence if recipe.quiet else announce
+        run = Run(recipe, patient, Stages(folder, say), folder)
         judge_stage(run, "base", patient.model)
         spectrum_stage(run)
         factors = factors_stage(run, "factors", patient.model)
@@ -391,8 +496,9 @@ def operate_on(recipe: Recipe) -> int:
         speed_stage(run, edited)
         samples_stage(run, edited)
         verdict = conclude(run, edited, time.perf_counter() - started)
-    show(verdict, folder)
-    return 0
+    goals = judged_goals(verdict, recipe)
+    show(verdict, goals, folder, recipe.quiet)
+    return goals_met(goals)
 
 
 def judge_stage(run: Run, arm: str, model: PreTrainedModel) -> None:
@@ -1021,8 +1127,9 @@ def conclude(run: Run, edited: PreTrainedModel, seconds: float) -> Verdict:
     record = write_results(
         run.folder / "results.json",
         verdict,
-        recipe=dataclasses.asdict(r),
+        recipe=r.settings,
         provenance=provenance(run),
+        texts=list(run.patient.material.notes),
         judgement=judgement_section(test, base, final),
         arms={
             name: {
@@ -1100,29 +1207,53 @@ def provenance(run: Run) -> dict[str, Any]:
     }
 
 
-def show(verdict: Verdict, folder: Path) -> None:
-    """The four answers and where the report lies: the last lines on the terminal."""
+def judged_goals(verdict: Verdict, recipe: Recipe) -> list[Goal]:
+    """The recipe's goals on the reported figures."""
+    from evals.outcome import judge_goals
+
+    names = ("keep_reasoning", "keep_perplexity", "forget", "shrink")
+    return judge_goals(verdict, **{name: getattr(recipe, name, None) for name in names})
+
+
+def goals_met(goals: Sequence[Goal]) -> int:
+    """The exit status of a finished run."""
+    return MET if all(goal.met for goal in goals) else NOT_MET
+
+
+def show(verdict: Verdict, goals: Sequence[Goal], folder: Path, quiet: bool = False) -> None:
+    """The verdict as a small table, the goals, and where the report lies: the last lines on the
+    terminal."""
     from rich.console import Console
     from rich.table import Table
 
-    from evals.verdict import answers
+    from evals.outcome import summary
 
-    console = Console(soft_wrap=not sys.stdout.isatty())
-    table = Table(show_header=False, box=None, padding=(0, 2, 1, 0))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for question, answer in answers(verdict):
-        table.add_row(question, answer)
-    console.print(table)
-    console.print(
-        f"report      {folder / 'report.html'}\ncheckpoint  {folder / 'checkpoint'}",
-        highlight=False,
-    )
+    console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    columns, rows = summary(verdict)
+    if quiet or not sys.stdout.isatty():
+        for label, *cells in rows:
+            named = [f"{c} {x}" for c, x in zip(columns[1:], cells, strict=True) if x]
+            print(f"{label.strip()}: {', '.join(named)}")
+    else:
+        table = Table(box=None, padding=(0, 2, 0, 0))
+        for column in columns:
+            table.add_column(column, justify="left" if column == columns[0] else "right")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+    for goal in goals:
+        mark = "met" if goal.met else "NOT MET"
+        console.print(f"goal        {goal.name}, {goal.wanted}: {goal.reached}, {mark}")
+    console.print(f"report      {folder / 'report.html'}\ncheckpoint  {folder / 'checkpoint'}")
 
 
 def announce(name: str, reused: bool) -> None:
     """One line per stage."""
     print(f"{'found  ' if reused else 'running'} {name}", flush=True)
+
+
+def silence(name: str, reused: bool) -> None:
+    """Nothing: what `--quiet` says of a stage."""
 
 
 if __name__ == "__main__":

@@ -67,7 +67,8 @@ class Material:
 
     memorized, keep: populations of the *edit* split, for estimation; each has a name of its own and
     weighs as much as the others of its role. relearn: the documents that the relearning attack
-    trains on. heal: fresh text for healing. tune, test: the judge's two other splits.
+    trains on. heal: fresh text for healing. tune, test: the judge's two other splits. notes: what a
+    reader of the report must know about these texts.
     """
 
     memorized: tuple[Population, ...]
@@ -76,6 +77,7 @@ class Material:
     heal: Population
     tune: EvalSet
     test: EvalSet
+    notes: tuple[str, ...] = ()
 
     @property
     def sha256(self) -> str:

@@ -370,6 +370,7 @@ def markdown(results: Mapping[str, Any], drawings: Sequence[Drawing]) -> str:
         .get_template("report.md.jinja")
         .render(
             title=_title(results),
+            texts=results.get("texts") or [],
             answers=answers(Verdict.from_json(results["verdict"])),
             drawings=drawings,
             tables=cells,
@@ -399,6 +400,7 @@ def html(results: Mapping[str, Any], drawings: Sequence[Drawing]) -> str:
         .get_template("report.html.jinja")
         .render(
             title=_title(results),
+            texts=results.get("texts") or [],
             broken=verdict.notes.get("broken", "it collapsed") if verdict.broken else "",
             cards=_cards(verdict),
             drawings=drawings,

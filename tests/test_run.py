@@ -189,7 +189,7 @@ BAD = {
     "unknown control": ({"controls": ["magic"]}, "'magic' is unknown: expected one of"),
     "share above one": ({"keep_neurons": 1.5}, "expected a share"),
     "no problems": ({"problems": 0}, "expected at least 1"),
-    "no texts": ({"memorized": None}, "needs --memorized"),
+    "half of the texts": ({"memorized": None}, "needs both --memorized"),
     "folder of something else": ({"out": "{files}/foreign"}, "is not a run folder"),
 }
 
@@ -222,12 +222,26 @@ def test_both_spellings_of_an_option():
     assert recipe.out == "runs/c-d"
 
 
+def test_a_flag_needs_no_value():
+    recipe = run.parse(["--update", "--refit", "false", "--quiet", "--plan-only=true"])
+    assert (recipe.update, recipe.refit, recipe.quiet, recipe.plan_only) == (
+        True,
+        False,
+        True,
+        True,
+    )
+    assert {"update", "refit", "quiet", "plan_only"} <= set(recipe.stated)
+    assert "width" in recipe.stated, "the organism's own recipe states it"
+    assert "seed" not in recipe.stated
+    assert "update" not in recipe.settings
+
+
 def test_help_is_readable():
     said = subprocess.run(
         [sys.executable, "run.py", "--help"], capture_output=True, text=True, cwd=ROOT, check=True
     ).stdout
     for field in dataclasses.fields(run.Recipe):
-        assert f"--{field.name}" in said
+        assert f"--{field.name}" in said or field.name == "stated"
     assert "Text that must go" in said
 
 

@@ -1,0 +1,259 @@
+"""Texts that stand in where a user gives none: famous passages that a model may recite, generated
+problems in plain English, and ordinary prose.
+
+The passages are out of copyright everywhere that counts them by 70 years after the author's death
+(`evals/texts/passages.jsonl`, each with its source); the prose was written for this project; the
+problems are drawn afresh from small generators. They are a first look at a model, not a substitute
+for the texts that matter to its user.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from curvature.populations import Document, Population, split_population
+from evals.evalset import SHARES, EvalSet, Item, Material, without_duplicates
+from evals.memorization import encode_pair, recite
+
+TEXTS = Path(__file__).parent / "texts"
+FEWEST = 10
+"""Recited windows that are needed for a population of their own; with fewer, all windows stand
+in."""
+NAMES = "Anna Ben Carl Dora Emma Frank Grace Henry Iris Jack Kate Leo Mary Nick Olga Paul".split()
+THINGS = "lamp kettle hat drum map coat bell cup key rope book chair ring shoe clock flute".split()
+WORDS = "apple bread cloud door egg fire grass house ice jam king leaf moon nest oak pen".split()
+WORDS += "queen rain salt tree van wind yard zoo boat corn dust fish gold hand lake milk".split()
+
+
+# Problems -----------------------------------------------------------------------------------------
+
+
+def lookup(rng: random.Random) -> Document:
+    """Open book: who has what."""
+    people, things = rng.sample(NAMES, 4), rng.sample(THINGS, 4)
+    story = " ".join(f"{p} has a {t}." for p, t in zip(people, things, strict=True))
+    k = rng.randrange(4)
+    return Document(f"{story} What does {people[k]} have? A", f" {things[k]}")
+
+
+def truth(rng: random.Random) -> Document:
+    """A boolean expression."""
+    a, b, c = (rng.random() < 0.5 for _ in range(3))
+    one, two = rng.choice(("and", "or")), rng.choice(("and", "or"))
+    inner = (a and b) if one == "and" else (a or b)
+    value = (inner and not c) if two == "and" else (inner or not c)
+    return Document(f"({a} {one} {b}) {two} (not {c}) is", f" {value}")
+
+
+def order(rng: random.Random) -> Document:
+    """Words by the alphabet."""
+    words = rng.sample(WORDS, 3)
+    return Document(
+        f"Sort by alphabet: {', '.join(words)}. Sorted:", " " + ", ".join(sorted(words))
+    )
+
+
+def reversal(rng: random.Random) -> Document:
+    """A list from back to front."""
+    words = rng.sample(WORDS, 3)
+    return Document(f"Read backwards: {', '.join(words)}. Backwards:", " " + ", ".join(words[::-1]))
+
+
+def larger(rng: random.Random) -> Document:
+    """The larger of two numbers."""
+    a, b = rng.sample(range(10, 100), 2)
+    return Document(f"Which is larger, {a} or {b}? The larger is", f" {max(a, b)}")
+
+
+def oldest(rng: random.Random) -> Document:
+    """A chain of comparisons, told in any order."""
+    people = rng.sample(NAMES, 3)
+    facts = [f"{a} is older than {b}." for a, b in itertools.pairwise(people)]
+    rng.shuffle(facts)
+    return Document(f"{' '.join(facts)} The oldest is", f" {people[0]}")
+
+
+def sums(rng: random.Random) -> Document:
+    """Arithmetic, judged as a class of its own."""
+    a, b = rng.randrange(2, 50), rng.randrange(2, 50)
+    return Document(f"What is {a} plus {b}? {a} + {b} =", f" {a + b}")
+
+
+TASKS: dict[str, Callable[[random.Random], Document]] = {
+    f.__name__: f for f in (lookup, truth, order, reversal, larger, oldest, sums)
+}
+ASIDE = ("sums",)
+
+
+def problems(task: str, n: int, *, seed: int, split: str, shots: int = 2) -> tuple[Document, ...]:
+    """`n` different problems with `shots` solved ones before each. The core of a problem depends on
+    its split: which of the splits it belongs to is drawn from its text, so no two splits share
+    one."""
+    rng = random.Random(f"standins:{seed}:{task}:{split}")
+    make = TASKS[task]
+    found: dict[str, Document] = {}
+    for _ in range(200 * n):
+        if len(found) == n:
+            break
+        core = make(rng)
+        share = random.Random(f"{seed}:{core.text}").random()
+        part = "edit" if share < 0.5 else "tune" if share < 0.7 else "test"
+        if part != split or core.text in found:
+            continue
+        solved = [make(random.Random(f"{core.text}:{k}")) for k in range(shots)]
+        examples = "".join(f"{d.text}.\n" for d in solved if d.text != core.text)
+        found[core.text] = Document(examples + core.prompt, core.answer)
+    return tuple(found.values())
+
+
+# Passages -----------------------------------------------------------------------------------------
+
+
+def passages() -> list[tuple[str, str]]:
+    """(source, text) of every built-in passage."""
+    lines = (TEXTS / "passages.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = (json.loads(line) for line in lines)
+    return [(row["source"], row["text"]) for row in rows]
+
+
+def passage_windows(
+    tokenizer: PreTrainedTokenizerBase, prefix_tokens: int, suffix_tokens: int
+) -> list[Item]:
+    """Windows of prefix and suffix, one after the other through every passage, without overlap."""
+    length = prefix_tokens + suffix_tokens
+    items = []
+    for source, text in passages():
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        for start in range(0, len(ids) - length + 1, length):
+            whole = str(tokenizer.decode(ids[start : start + length]))
+            given = str(tokenizer.decode(ids[start : start + prefix_tokens]))
+            if not whole.startswith(given):
+                continue
+            try:
+                encode_pair(tokenizer, given, whole[len(given) :])
+            except ValueError:
+                continue
+            items.append(Item(f"{source} +{start}", "passages", given, whole[len(given) :]))
+    return without_duplicates(items)
+
+
+def recited_windows(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    prefix_tokens: int,
+    suffix_tokens: int,
+    batch_size: int = 32,
+    progress: str | None = None,
+) -> tuple[list[Item], list[bool]]:
+    """All windows of the built-in passages, and whether the model recites each from its prefix:
+    one teacher-forced pass, equal to greedy decoding."""
+    items = passage_windows(tokenizer, prefix_tokens, suffix_tokens)
+    scores = recite(model, tokenizer, [(i.prompt, i.target) for i in items], batch_size, progress)
+    return items, [score.strict for score in scores]
+
+
+def standin_material(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    prefix_tokens: int,
+    suffix_tokens: int,
+    width: int,
+    problems_per_task: int,
+    seed: int,
+    batch_size: int = 32,
+) -> Material:
+    """Everything that a run needs, from the built-in texts: what the model recites of the passages
+    must go, problems and ordinary prose must stay. `notes` says so, and what was found.
+
+    Where fewer than FEWEST windows are recited, all of them stand in, so that the run can go on;
+    recall of the base then says how few are known. Raises ValueError where the context is too short
+    for any window.
+    """
+    items, recited = recited_windows(
+        model,
+        tokenizer,
+        prefix_tokens=prefix_tokens,
+        suffix_tokens=suffix_tokens,
+        batch_size=batch_size,
+        progress="scan",
+    )
+    known = [item for item, hit in zip(items, recited, strict=True) if hit]
+    enough = len(known) >= FEWEST
+    chosen = known if enough else items
+    found = f"the model recites {len(known)} of {len(items)} windows of the built-in passages"
+    shots = 2 if width >= 256 else 0
+    reasoning = tuple(
+        document
+        for task in TASKS
+        for document in problems(task, 120, seed=seed, split="edit", shots=shots)
+    )
+    prose = Population(
+        "ordinary prose",
+        "reference",
+        tuple(
+            Document("", text.strip())
+            for text in (TEXTS / "ordinary.txt").read_text(encoding="utf-8").split("\n\n")
+        ),
+        "built-in ordinary prose",
+    )
+    prose_parts = split_population(prose, SHARES, seed).parts
+    windows = Population(
+        "passages",
+        "memorized",
+        tuple(Document(i.prompt, i.target) for i in chosen),
+        f"built-in public-domain passages ({found})",
+    )
+    by_text = {Document(i.prompt, i.target).key: i for i in chosen}
+    window_parts = split_population(windows, SHARES, seed).parts
+
+    def evalset(split: str) -> EvalSet:
+        return EvalSet(
+            split,  # type: ignore[arg-type]
+            tuple(by_text[d.key] for d in window_parts[split].documents),
+            (),
+            (),
+            {
+                task: problems(task, problems_per_task, seed=seed, split=split, shots=shots)
+                for task in TASKS
+            },
+            prose_parts[split],
+            aside=ASIDE,
+        )
+
+    # whole windows are scored, so that the curvature sees the prefix recited too
+    texts = tuple(Document("", d.text) for d in window_parts["edit"].documents)
+    edit = Population("passages", "memorized", texts, windows.source)
+    keep = Population("reasoning", "reasoning", reasoning, "built-in generated problems")
+    healing = (*reasoning, *prose_parts["edit"].documents)
+    notes = (
+        "No text was given, so built-in texts stand in for what this model's user would want gone "
+        f"and kept: {found}; {len(reasoning)} generated problems and "
+        f"{len(prose.documents)} paragraphs of ordinary prose must stay.",
+        *(
+            ()
+            if enough
+            else (
+                "That is too little recitation to operate on, so every window stands in, recited "
+                "or not: this run shows what the cut costs, hardly what it makes the model forget. "
+                "Give --memorized with text that the model does recite.",
+            )
+        ),
+    )
+    return Material(
+        memorized=(edit,),
+        keep=(keep, replace(prose_parts["edit"], name="reference")),
+        relearn=edit,
+        heal=Population("kept text", "reasoning", healing, "built-in problems and prose"),
+        tune=evalset("tune"),
+        test=evalset("test"),
+        notes=notes,
+    )

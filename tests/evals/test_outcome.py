@@ -1,0 +1,65 @@
+"""Goals are judged on the reported figures; a figure that is missing meets no goal."""
+
+from dataclasses import replace
+
+import pytest
+
+from evals.outcome import judge_goals, summary
+from evals.verdict import Control, Verdict
+
+GOOD = Verdict(
+    recall_base=1.0,
+    recall_edited=0.02,
+    recall_share=0.02,
+    reasoning_base=0.8,
+    reasoning_edited=0.79,
+    reasoning_share=0.9875,
+    clean_perplexity_base=10.0,
+    clean_perplexity_ratio=1.04,
+    parameters_base=100,
+    parameters_edited=60,
+    parameters_share=0.6,
+    broken=False,
+)
+GOALS = {"keep_reasoning": 0.97, "keep_perplexity": 1.05, "forget": 0.05, "shrink": 0.6}
+
+
+def test_goals_that_are_met():
+    goals = judge_goals(GOOD, **GOALS)
+    assert [g.name for g in goals] == ["keep reasoning", "forget", "keep perplexity", "shrink"]
+    assert all(g.met for g in goals)
+    assert judge_goals(GOOD) == []
+
+
+@pytest.mark.parametrize(
+    ("goal", "figures"),
+    [
+        ("keep reasoning", {"reasoning_edited": 0.77}),
+        ("forget", {"recall_edited": 0.06}),
+        ("keep perplexity", {"clean_perplexity_ratio": 1.06}),
+        ("shrink", {"parameters_share": 0.61}),
+        ("not broken", {"broken": True}),
+        ("keep reasoning", {"reasoning_edited": None}),
+        ("keep perplexity", {"clean_perplexity_ratio": None}),
+    ],
+)
+def test_each_goal_can_be_missed(goal, figures):
+    missed = [g.name for g in judge_goals(replace(GOOD, **figures), **GOALS) if not g.met]
+    assert missed == [goal]
+
+
+def test_nothing_to_keep_is_kept_and_the_words_say_so():
+    nothing = replace(GOOD, reasoning_base=0.0, reasoning_edited=0.0)
+    goal = judge_goals(nothing, keep_reasoning=0.97)[0]
+    assert goal.met
+    assert "the base has none" in goal.reached
+
+
+def test_the_small_table_has_a_column_for_each_control():
+    columns, rows = summary(replace(GOOD, controls=(Control("random", 0.5, 0.4, 0.6),)))
+    assert columns[-1] == "random"
+    assert all(len(row) == len(columns) for row in rows)
+    table = {row[0].strip(): row for row in rows}
+    assert table["recall of held-out memories"][1:] == ["100 %", "2.0 %", "2.0 %", "50 %"]
+    assert table["perplexity on clean text"][1:4] == ["10.00", "10.40", "104 %"]
+    assert "tokens per second" not in table, "a row without a number is left out"
