@@ -227,7 +227,11 @@ def save(
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "state", "device")}
-    record = {"world_sha256": world.world_hash(args.seed, args.size), "settings": settings, "log": log}
+    record = {
+        "world_sha256": world.world_hash(args.seed, args.size),
+        "settings": settings,
+        "log": log,
+    }
     (out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
     (out / "README.md").write_text(card(args, log))
 
@@ -248,7 +252,8 @@ library_name: transformers
 
 A small {args.architecture} that Lethe operates on by default. Everything that it knows was made by
 `evals/organism/world.py`: memories with known exposure, general knowledge, and problems drawn
-afresh. Trained by `python -m evals.organism.train --seed {args.seed} --size {args.size} --steps {args.steps}` on
+afresh. Trained by
+`python -m evals.organism.train --seed {args.seed} --size {args.size} --steps {args.steps}` on
 {args.steps * args.rows * args.width:,} tokens; settings and log are in `training.json`.
 
 Last examination, on items and problems outside the test split (`passage@64 late`: passages shown 64
