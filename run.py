@@ -38,8 +38,9 @@ MET, NOT_MET, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 ATTACK_TOKENS = 16 * 128
 """Tokens per step of the relearning attack."""
 ORGANISM_RECIPE = Path(__file__).parent / "recipes" / "organism.yaml"
-NOT_SAVED = ("update", "quiet", "scan_only", "measure_only", "plan_only")
-NOT_SAVED += ("ask", "run", "push_to_hub", "stated")
+NOT_SAVED = tuple(
+    "update quiet scan_only measure_only plan_only ask run push_to_hub stated".split()
+)
 """Settings that say what to do with a recipe: no part of it, and no reason to run a stage again."""
 
 
