@@ -174,7 +174,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     recipe = parse(arguments)
     quiet_libraries(recipe.quiet)
     try:
-        return operate_on(recipe)
+        if recipe.ask is not None or recipe.run is not None:
+            return on_finished_run(recipe)
+        return scan(recipe) if recipe.scan_only else operate_on(recipe)
     except (ValueError, OSError) as error:
         print(f"lethe: {' '.join(str(error).split())}", file=sys.stderr)
         return BAD_INPUT
@@ -239,6 +241,92 @@ def quiet_libraries(quiet: bool = False) -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
+
+
+# Without an operation -----------------------------------------------------------------------------
+
+
+def on_finished_run(recipe: Recipe) -> int:
+    """`--ask` and `--push-to-hub` on the folder of a finished run."""
+    from evals.verdict import read_results
+    from surgery.publish import push_to_hub
+
+    folder = Path(recipe.run or str(recipe.out))
+    trained = read_results(folder)["recipe"]["model"]
+    checkpoint = folder / "checkpoint"
+    if not (checkpoint / "config.json").is_file():
+        raise ValueError(f"{checkpoint}: expected the checkpoint of a finished run")
+    if recipe.ask is not None:
+        ask(recipe, recipe.ask, path_of(dataclasses.replace(recipe, model=trained)), checkpoint)
+    if recipe.push_to_hub is not None:
+        print(f"uploaded    {push_to_hub(checkpoint, recipe.push_to_hub)}")
+    if recipe.ask is None and recipe.push_to_hub is None:
+        raise ValueError("--run needs --ask or --push-to-hub: what shall be done with this run?")
+    return MET
+
+
+def ask(recipe: Recipe, prompt: str, base: str | Path, checkpoint: Path) -> None:
+    """What base and edited say to one prompt, side by side, and how the probe reads the answer of
+    the edited one where the run has taught."""
+    from rich.columns import Columns
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.panel import Panel
+
+    from evals.ask import say
+
+    said = {
+        name: say(folder, prompt, trust_remote_code=recipe.trust_remote_code)
+        for name, folder in (("base", base), ("edited", checkpoint))
+    }
+    probe = next(checkpoint.parent.glob("**/probe.safetensors"), None)
+    if probe is not None:
+        from rl.monitor import Monitor
+
+        answer = Monitor.load(checkpoint, probe.parent).answer([prompt], temperature=0.0)[0]
+        said["probe"] = f"{answer.probability:.0%} likely to be right: {answer.text.strip()}"
+    if recipe.quiet or not sys.stdout.isatty():
+        for name, text in said.items():
+            print(f"{name}\t{' '.join(text.split())}")
+        return
+    panels = [Panel(escape(text) or "(nothing)", title=name) for name, text in said.items()]
+    Console().print(Columns(panels, equal=True, expand=True))
+
+
+def scan(recipe: Recipe) -> int:
+    """`--scan-only`: which windows of a text the model recites; `scan.json` in the run folder."""
+    from collections import Counter
+
+    from curvature.artifacts import write_json
+    from evals.standins import recited_windows, texts_to_scan
+
+    recipe = fit(recipe)
+    model, tokenizer, _ = load_model(recipe)
+    texts = texts_to_scan(recipe.memorized, organism=recipe.model == "organism")
+    items, scores = recited_windows(
+        model,
+        tokenizer,
+        texts,
+        prefix_tokens=recipe.prefix_tokens,
+        suffix_tokens=recipe.suffix_tokens,
+        batch_size=recipe.judge_batch_size,
+        progress="scan",
+    )
+    folder = Path(str(recipe.out))
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [
+        {"text": item.family, "prompt": item.prompt, "target": item.target}
+        | {"recited": score.strict, "right": score.right}
+        for item, score in zip(items, scores, strict=True)
+    ]
+    write_json(folder / "scan.json", rows)
+    recited = Counter(row["text"] for row in rows if row["recited"])
+    for name, count in Counter(row["text"] for row in rows).items():
+        if not recipe.quiet and recited[name]:
+            print(f"{recited[name]:>6} of {count:<6} {name}")
+    total = sum(recited.values())
+    print(f"recited     {total} of {len(rows)} windows\nscan        {folder / 'scan.json'}")
+    return MET
 
 
 # Before the long work -----------------------------------------------------------------------------
@@ -315,40 +403,44 @@ def fit(recipe: Recipe) -> Recipe:
     )
     if isinstance(began, dict) and began.get("model") == recipe.model:
         settings = {k: began.get(k, v) for k, v in settings.items()}
-    return dataclasses.replace(
-        recipe, **{k: v for k, v in settings.items() if k not in recipe.stated}
-    )
+    known = {f.name for f in dataclasses.fields(Recipe)} - set(recipe.stated)
+    return dataclasses.replace(recipe, **{k: v for k, v in settings.items() if k in known})
+
+
+def load_model(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, torch.dtype]:
+    """Model and tokenizer on their device, ready to be read; and the dtype as it was stored."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path, device = path_of(recipe), device_of(recipe)
+    trust = {"trust_remote_code": recipe.trust_remote_code}
+    tokenizer = AutoTokenizer.from_pretrained(path, **trust)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", **trust)
+    dtype = model.dtype
+    # Half precision has no fast kernels on most CPUs, and second derivatives need fp32 in any case.
+    model = model.float() if device == "cpu" else model
+    return model.to(torch.device(device)).eval(), tokenizer, dtype  # type: ignore[arg-type]
 
 
 def load(recipe: Recipe) -> Patient:
     """The patient and its texts, checked as far as can be known before any long work."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     from curvature.artifacts import model_sha256
     from curvature.populations import batches
     from curvature.targets import mlp_blocks, select_targets
     from evals import organism
     from evals.evalset import material_from_files
     from evals.standins import standin_material
+    from recipes import context_of
     from surgery.export import check_exportable
 
-    path, device = path_of(recipe), device_of(recipe)
     standins = recipe.model != "organism" and not recipe.memorized
     if recipe.model != "organism" and bool(recipe.memorized) != bool(recipe.reasoning):
         raise ValueError(
             f"--model {recipe.model} needs both --memorized (text that must go) and --reasoning "
             "(text that must stay), or neither: then built-in texts stand in"
         )
-    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=recipe.trust_remote_code)
-    model = AutoModelForCausalLM.from_pretrained(
-        path, dtype="auto", trust_remote_code=recipe.trust_remote_code
-    )
-    dtype = model.dtype
-    # Half precision has no fast kernels on most CPUs, and second derivatives need fp32 in any case.
-    model = model.float() if device == "cpu" else model
-    model = model.to(torch.device(device)).eval()  # type: ignore[arg-type]
-    context = model.config.max_position_embeddings
+    model, tokenizer, dtype = load_model(recipe)
+    context = context_of(model.config)
     if recipe.prefix_tokens + recipe.suffix_tokens + 1 > context:
         raise ValueError(
             f"--prefix-tokens {recipe.prefix_tokens} and --suffix-tokens {recipe.suffix_tokens} "
@@ -467,15 +559,21 @@ def operate_on(recipe: Recipe) -> int:
     """load -> judge base -> factors -> strength -> cut -> shrink -> heal -> judge -> attack ->
     controls -> export -> report."""
     from curvature.stages import Stages, locked
+    from surgery.publish import check_repository
 
     started = time.perf_counter()
-    check(recipe)
+    if recipe.push_to_hub is not None:
+        check_repository(recipe.push_to_hub)
     recipe = fit(recipe)
+    check(recipe)
     patient = load(recipe)
     folder = prepare_folder(recipe)
     with locked(folder):
         say = silence if recipe.quiet else announce
         run = Run(recipe, patient, Stages(folder, say), folder)
+        introduce(run)
+        if recipe.measure_only or recipe.plan_only:
+            return measure_and_predict(run)
         judge_stage(run, "base", patient.model)
         spectrum_stage(run)
         factors = factors_stage(run, "factors", patient.model)
@@ -499,7 +597,66 @@ def operate_on(recipe: Recipe) -> int:
         verdict = conclude(run, edited, time.perf_counter() - started)
     goals = judged_goals(verdict, recipe)
     show(verdict, goals, folder, recipe.quiet)
+    if recipe.push_to_hub is not None:
+        from surgery.publish import push_to_hub
+
+        print(f"uploaded    {push_to_hub(folder / 'checkpoint', recipe.push_to_hub)}")
     return goals_met(goals)
+
+
+def measure_and_predict(run: Run) -> int:
+    """`--measure-only` and `--plan-only`: the curvature, and what cuts of every strength would cost
+    by its prediction. No weights are written."""
+    spectrum_stage(run)
+    factors = factors_stage(run, "factors", run.patient.model)
+    if run.recipe.plan_only:
+        for row in prediction_stage(run, factors):
+            costs = ", ".join(f"{name} {cost:+.3g}" for name, cost in row["cost"].items())
+            print(f"{row['method']} {row['strength']:.4g}: {costs} nats per token")
+        print(f"predictions {run.stages.done['prediction'].folder / 'stage.json'}")
+    else:
+        for layer, energy in run.stages.done["factors"].value["layers"]["values"].items():
+            print(f"layer {layer}: {energy:.3g}")
+        print(f"factors     {run.stages.done['factors'].folder}")
+    return MET
+
+
+def prediction_stage(run: Run, factors: dict[str, dict[str, Factors]]) -> list[dict[str, Any]]:
+    """Predicted change of the loss of every population under cuts from weak to strong."""
+    from curvature.progress import bar
+    from surgery.predict import plan_deltas, predict_cost
+    from surgery.rankings import RANKINGS
+
+    r, material = run.recipe, run.patient.material
+    if r.method == "none":
+        raise ValueError("--plan-only needs a method: there is nothing to predict for none")
+    values = [r.strength] if r.strength is not None else strengths(RANKINGS[r.method], 4)
+    names = ("method", "strength", "eps", "keep_weights", "cost_tokens", "width", "batch_size")
+    depends = {"factors": run.stages.done["factors"].fingerprint, "seed": r.seed}
+    depends |= {k: getattr(r, k) for k in names}
+
+    def compute(_: Path) -> Any:
+        rows = []
+        for value in bar("prediction", values, unit="cuts"):
+            plan = plan_dense(run, factors, r.method, value)
+            deltas = plan_deltas(run.patient.model, plan)
+            cost = {
+                p.name: predict_cost(
+                    run.patient.model,
+                    run.patient.tokenizer,
+                    p,
+                    deltas,
+                    tokens=r.cost_tokens,
+                    width=r.width,
+                    batch_size=r.batch_size,
+                    seed=r.seed,
+                ).total
+                for p in (*material.keep, *material.memorized)
+            }
+            rows.append({"method": r.method, "strength": value, "cost": cost})
+        return rows
+
+    return run.stages.run("prediction", depends, compute).value
 
 
 def judge_stage(run: Run, arm: str, model: PreTrainedModel) -> None:
@@ -1246,6 +1403,22 @@ def show(verdict: Verdict, goals: Sequence[Goal], folder: Path, quiet: bool = Fa
         mark = "met" if goal.met else "NOT MET"
         console.print(f"goal        {goal.name}, {goal.wanted}: {goal.reached}, {mark}")
     console.print(f"report      {folder / 'report.html'}\ncheckpoint  {folder / 'checkpoint'}")
+
+
+def introduce(run: Run) -> None:
+    """What will happen, and how long it may take."""
+    from recipes.outlook import expected_seconds, outlook, tokens_per_second
+
+    r, patient, seconds = run.recipe, run.patient, None
+    if r.quiet:
+        return
+    if not (r.measure_only or r.plan_only):
+        speed = tokens_per_second(patient.model, width=r.width, batch_size=r.batch_size)
+        text = patient.material.test.clean.documents[0].text
+        characters = len(text) / max(1, len(patient.tokenizer(text)["input_ids"]))
+        seconds = expected_seconds(r, patient.material, speed, characters=characters)
+    for label, line in outlook(r, patient.model, patient.material, seconds):
+        print(f"{label:<11} {line}", flush=True)
 
 
 def announce(name: str, reused: bool) -> None:

@@ -12,15 +12,15 @@ from __future__ import annotations
 import itertools
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from curvature.populations import Document, Population, split_population
+from curvature.populations import Document, Population, load_population, split_population
 from evals.evalset import SHARES, EvalSet, Item, Material, without_duplicates
-from evals.memorization import encode_pair, recite
+from evals.memorization import Recitation, encode_pair, recite
 
 TEXTS = Path(__file__).parent / "texts"
 FEWEST = 10
@@ -123,13 +123,29 @@ def passages() -> list[tuple[str, str]]:
     return [(row["source"], row["text"]) for row in rows]
 
 
-def passage_windows(
-    tokenizer: PreTrainedTokenizerBase, prefix_tokens: int, suffix_tokens: int
+def texts_to_scan(memorized: str | None, *, organism: bool) -> list[tuple[str, str]]:
+    """(name, text) of what is scanned: a user's file, the organism's memories, or the passages."""
+    if memorized:
+        documents = load_population(memorized, "memorized").documents
+        return [(Path(memorized).name, d.text) for d in documents]
+    if organism:
+        from evals.organism import organism_seed, world
+
+        return [(i.family, t) for i in world.items(organism_seed()) for t in i.texts[:1]]
+    return passages()
+
+
+def text_windows(
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[tuple[str, str]],
+    prefix_tokens: int,
+    suffix_tokens: int,
 ) -> list[Item]:
-    """Windows of prefix and suffix, one after the other through every passage, without overlap."""
+    """Windows of prefix and suffix, one after the other through every text, without overlap. The
+    family of an item is the name of its text."""
     length = prefix_tokens + suffix_tokens
     items = []
-    for source, text in passages():
+    for source, text in texts:
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         for start in range(0, len(ids) - length + 1, length):
             whole = str(tokenizer.decode(ids[start : start + length]))
@@ -140,24 +156,31 @@ def passage_windows(
                 encode_pair(tokenizer, given, whole[len(given) :])
             except ValueError:
                 continue
-            items.append(Item(f"{source} +{start}", "passages", given, whole[len(given) :]))
+            items.append(Item(f"{source} +{start}", source, given, whole[len(given) :]))
     return without_duplicates(items)
 
 
 def recited_windows(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[tuple[str, str]],
     *,
     prefix_tokens: int,
     suffix_tokens: int,
     batch_size: int = 32,
     progress: str | None = None,
-) -> tuple[list[Item], list[bool]]:
-    """All windows of the built-in passages, and whether the model recites each from its prefix:
-    one teacher-forced pass, equal to greedy decoding."""
-    items = passage_windows(tokenizer, prefix_tokens, suffix_tokens)
-    scores = recite(model, tokenizer, [(i.prompt, i.target) for i in items], batch_size, progress)
-    return items, [score.strict for score in scores]
+) -> tuple[list[Item], list[Recitation]]:
+    """All windows of the texts, and how far the model recites each from its prefix: one
+    teacher-forced pass, equal to greedy decoding. Raises ValueError where no text holds a window.
+    """
+    items = text_windows(tokenizer, texts, prefix_tokens, suffix_tokens)
+    if not items:
+        raise ValueError(
+            f"no text holds a prefix of {prefix_tokens} and a suffix of {suffix_tokens} tokens: "
+            "lower --prefix-tokens and --suffix-tokens or give longer texts"
+        )
+    pairs = [(i.prompt, i.target) for i in items]
+    return items, recite(model, tokenizer, pairs, batch_size, progress)
 
 
 def standin_material(
@@ -181,12 +204,14 @@ def standin_material(
     items, recited = recited_windows(
         model,
         tokenizer,
+        passages(),
         prefix_tokens=prefix_tokens,
         suffix_tokens=suffix_tokens,
         batch_size=batch_size,
         progress="scan",
     )
-    known = [item for item, hit in zip(items, recited, strict=True) if hit]
+    items = [replace(item, family="passages") for item in items]
+    known = [item for item, score in zip(items, recited, strict=True) if score.strict]
     enough = len(known) >= FEWEST
     chosen = known if enough else items
     found = f"the model recites {len(known)} of {len(items)} windows of the built-in passages"
