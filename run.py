@@ -23,9 +23,12 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from curvature.factors import Factors
+    from curvature.forward import Labels
+    from curvature.populations import Population
     from curvature.stages import Stage, Stages
     from curvature.targets import Target
     from evals.evalset import Material
@@ -33,10 +36,13 @@ if TYPE_CHECKING:
     from evals.verdict import Verdict
     from surgery.plan import Plan
     from surgery.rankings.base import Ranking
+    from surgery.search import Goals, Outcome
 
 MET, NOT_MET, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 ATTACK_TOKENS = 16 * 128
 """Tokens per step of the relearning attack."""
+ROUND_SHARE = 0.3
+"""Share of the token budget for measuring again after a round."""
 ORGANISM_RECIPE = Path(__file__).parent / "recipes" / "organism.yaml"
 NOT_SAVED = tuple(
     "update quiet scan_only measure_only plan_only ask run push_to_hub stated".split()
@@ -69,15 +75,21 @@ class Recipe:
         batch_size: Rows at once for factors and training.
         judge_batch_size: Items at once for the judge.
         method: Ranking of the dense edit: contrast, kfac, ... or none.
-        strength: Strength of the edit; found on the tune split by default.
+        strength: Strength of the edit (of every round); found on the tune split by default.
+        rounds: Cuts that `contrast` makes at most, measured again after every one; the tune split
+            says where to stop. 1 for a single cut.
         eps: Damping of `contrast`.
         keep_weights: Weights of the kept populations by name (reasoning, reference; on the organism
             reasoning, language, listed knowledge); equal by default.
-        keep_reasoning: Reasoning on the tune split, as a share of the base, that the dense edit
-            must keep.
-        candidates: How many strengths are tried where none is given.
+        keep_reasoning: Goal: reasoning on the tune split, as a share of the base, at least.
+        keep_perplexity: Goal: clean perplexity on the tune split over the base's, at most.
+        forget: Goal: recall on the tune split, as a share of the base, at most.
+        shrink: Goal: parameters, as a share of the base, at most; goes before keep_neurons.
+        candidates: How many settings the search for the goals may try where no strength is given;
+            for `contrast` each is a strength per round and a choice of layers.
         neurons: Ranking of the neurons that are taken out: neurons, random, magnitude, wanda.
-        keep_neurons: Share of each layer's neurons that stays; 1 leaves the shape alone.
+        keep_neurons: Share of each layer's neurons that stays, 0.6 by default; 1 leaves the shape
+            alone.
         multiple: Kept neurons per layer are rounded down to a multiple of this.
         refit: Refit what stays in closed form on the kept populations.
         heal_tokens: Token budget of the short fine-tune on fresh kept text after shrinking; 0 for
@@ -121,12 +133,16 @@ class Recipe:
     judge_batch_size: int = 64
     method: str = "contrast"
     strength: float | None = None
+    rounds: int = 5
     eps: float = 0.1
     keep_weights: dict[str, float] | None = None
     keep_reasoning: float = 0.97
+    keep_perplexity: float | None = None
+    forget: float | None = None
+    shrink: float | None = None
     candidates: int = 6
     neurons: str = "neurons"
-    keep_neurons: float = 0.6
+    keep_neurons: float | None = None
     multiple: int = 1
     refit: bool = True
     heal_tokens: int = 200_000
@@ -340,12 +356,24 @@ class Run:
     patient: Patient
     stages: Stages
     folder: Path
+    labels: dict[str, Labels] = dataclasses.field(default_factory=dict)
+    """Whose gradients were measured, by population."""
 
     def stored_bytes(self, model: PreTrainedModel) -> int:
         """Size of the model's weights in the dtype that the patient was stored in, bytes."""
         from evals.speed import count_parameters
 
         return count_parameters(model) * self.patient.dtype.itemsize
+
+    @property
+    def keep_neurons(self) -> float:
+        """Share of the neurons that stays: what the goal `shrink` asks for, else as given."""
+        from surgery.shrink import neurons_for
+
+        r = self.recipe
+        if r.shrink is not None:
+            return neurons_for(self.patient.model, r.shrink)
+        return 0.6 if r.keep_neurons is None else r.keep_neurons
 
     @property
     def source(self) -> dict[str, str]:
@@ -504,11 +532,11 @@ def check(recipe: Recipe) -> None:
             f"heal_tokens is {recipe.heal_tokens}, less than one step of batch_size "
             f"{recipe.batch_size} x width {recipe.width}: raise it, or give 0 for no healing"
         )
-    for setting in ("keep_neurons", "keep_reasoning"):
-        if not 0 < getattr(recipe, setting) <= 1:
-            raise ValueError(
-                f"{setting} is {getattr(recipe, setting)}: expected a share above 0, at most 1"
-            )
+    if recipe.keep_neurons is not None and not 0 < recipe.keep_neurons <= 1:
+        raise ValueError(
+            f"keep_neurons is {recipe.keep_neurons}: expected a share above 0, at most 1"
+        )
+    goals_of(recipe).check()
     for setting in (
         "prefix_tokens",
         "suffix_tokens",
@@ -517,6 +545,7 @@ def check(recipe: Recipe) -> None:
         "batch_size",
         "factor_tokens",
         "candidates",
+        "rounds",
     ):
         if getattr(recipe, setting) < 1:
             raise ValueError(f"{setting} is {getattr(recipe, setting)}: expected at least 1")
@@ -722,9 +751,9 @@ def factors_stage(
     memorized."""
     from curvature.artifacts import model_sha256
     from curvature.eigenbases import eigenbases
-    from curvature.factors import collect_factors, load_factors, save_factors
+    from curvature.factors import load_factors, save_factors
 
-    r, material = run.recipe, run.patient.material
+    r = run.recipe
     settings = {
         k: getattr(r, k)
         for k in (
@@ -737,30 +766,15 @@ def factors_stage(
             "keep_weights",
         )
     }
-    settings |= {"shrinks": r.keep_neurons < 1, "memorized": memorized}
+    settings |= {"shrinks": run.keep_neurons < 1, "memorized": memorized}
     depends = {**run.source, "measured": model_sha256(model), **settings}
-    populations = {p.name: p for p in material.keep}
-    if memorized:
-        populations |= {f"memorized/{p.name}": p for p in material.memorized}
+    sources = populations_of(run, memorized)
 
     def compute(folder: Path) -> Any:
-        targets = measured_targets(r, model)
-        factors = {}
-        for key, population in populations.items():
-            factors[key] = collect_factors(
-                model,
-                run.patient.tokenizer,
-                population,
-                targets,
-                labels="margin" if population.role == "memorized" else "sampled",
-                tokens=r.factor_tokens,
-                width=r.width,
-                batch_size=r.batch_size,
-                seed=r.seed,
-                progress=f"{name}: {population.name}",
-            )
-            about = {"population": population.sha256}
-            save_factors(factors_file(folder, key), factors[key], about)
+        targets = measured_targets(run, model)
+        factors = measure(run, model, targets, name, memorized=memorized)
+        for key, measured in factors.items():
+            save_factors(factors_file(folder, key), measured, {"population": sources[key].sha256})
         bases = eigenbases(kept_factors(factors, r.keep_weights))
         spectra = {
             n: {"A": spread(b.A.values.flip(0).tolist()), "G": spread(b.G.values.flip(0).tolist())}
@@ -772,18 +786,62 @@ def factors_stage(
             },
             "eigenvalues": spectra,
             "layers": layer_map(factors, targets, r.keep_weights) if memorized else {},
+            "labels": {key: run.labels[key] for key in factors},
         }
 
     stage = run.stages.run(name, depends, compute)
-    return {key: load_factors(factors_file(stage.folder, key))[0] for key in populations}
+    return {key: load_factors(factors_file(stage.folder, key))[0] for key in sources}
 
 
-def measured_targets(recipe: Recipe, model: PreTrainedModel) -> list[Target]:
+def populations_of(run: Run, memorized: bool = True) -> dict[str, Population]:
+    """What is measured, by the name that its factors go under."""
+    material = run.patient.material
+    found = {p.name: p for p in material.keep}
+    return found | ({f"memorized/{p.name}": p for p in material.memorized} if memorized else {})
+
+
+def measure(
+    run: Run,
+    model: nn.Module,
+    targets: Sequence[Target],
+    title: str,
+    share: float = 1.0,
+    memorized: bool = True,
+) -> dict[str, dict[str, Factors]]:
+    """Factors by population: sampled labels on what is kept, margins of what is recited (of all
+    tokens where the patient recites nothing). share: of the token budget."""
+    from curvature.factors import collect_factors
+
+    r, found = run.recipe, {}
+    labels = run.stages.done["factors"].value["labels"] if "factors" in run.stages.done else {}
+    for key, population in populations_of(run, memorized).items():
+        likely: Labels = "recited" if population.role == "memorized" else "sampled"
+        ways: tuple[Labels, Labels] = (labels.get(key, likely), "margin")
+        for way in ways:
+            found[key] = collect_factors(
+                model,
+                run.patient.tokenizer,
+                population,
+                targets,
+                labels=way,
+                tokens=round(r.factor_tokens * share),
+                width=r.width,
+                batch_size=r.batch_size,
+                seed=r.seed,
+                progress=f"{title}: {population.name}",
+            )
+            if key in labels or any(f.G.any() for f in found[key].values()):
+                break
+        run.labels.setdefault(key, way)
+    return found
+
+
+def measured_targets(run: Run, model: PreTrainedModel) -> list[Target]:
     """What the edit changes and, where neurons go, every MLP matrix: shrinking is uniform."""
     from curvature.targets import select_targets
 
-    chosen = select_targets(model, recipe.targets, recipe.layers)
-    if recipe.keep_neurons < 1:
+    chosen = select_targets(model, run.recipe.targets, run.recipe.layers)
+    if run.keep_neurons < 1:
         chosen += select_targets(model, ("mlp",))
     return list({target.name: target for target in chosen}.values())
 
@@ -835,7 +893,11 @@ def spread(values: list[float], points: int = 128) -> list[float]:
 
 
 def plan_dense(
-    run: Run, factors: dict[str, dict[str, Factors]], method: str, strength: float
+    run: Run,
+    factors: dict[str, dict[str, Factors]],
+    method: str,
+    strength: float,
+    layers: str | None,
 ) -> Plan:
     """The plan of a dense edit of the patient."""
     from curvature.targets import select_targets
@@ -850,83 +912,271 @@ def plan_dense(
         strength=strength,
         seed=r.seed,
         keep=r.keep_weights,
-        targets=select_targets(model, r.targets, r.layers),
+        targets=select_targets(model, r.targets, layers),
         model_hash=run.patient.sha256,
         **settings,
     )
 
 
-def strength_stage(run: Run, factors: dict[str, dict[str, Factors]]) -> None:
-    """The strongest cut whose reasoning on the tune split stays above the goal, and the trade-off
-    of every candidate."""
-    from curvature.progress import bar
+def goals_of(recipe: Recipe) -> Goals:
+    """What the user asked for, as the search has it."""
+    from surgery.search import Goals
+
+    return Goals(recipe.keep_reasoning, recipe.keep_perplexity, recipe.forget, recipe.shrink)
+
+
+def tune_figures(run: Run, model: PreTrainedModel) -> dict[str, Any]:
+    """What a candidate is chosen by: the tune split, without the harness, which starts slowly."""
     from evals.judge import judge
+
+    r, tune = run.recipe, run.patient.material.tune
+    j = judge(
+        model,
+        run.patient.tokenizer,
+        tune,
+        batch_size=r.judge_batch_size,
+        harness=False,
+        width=r.width,
+    )
+    return {
+        "recall": j.recall(tune),
+        "reasoning": j.reasoning(tune),
+        "arithmetic": j.aside(tune),
+        "listed": j.knowledge(True),
+        "unlisted": j.knowledge(False),
+        "perplexity": j.perplexity,
+    }
+
+
+def outcome_of(point: dict[str, Any], base: dict[str, Any]) -> Outcome:
+    """A candidate's figures over the base's; what the patient cannot do at all counts as kept."""
+    from surgery.search import Outcome
+
+    def share(name: str, missing: float) -> float:
+        return (point[name] or 0.0) / base[name] if base.get(name) else missing
+
+    return Outcome(
+        recall=share("recall", 0.0),
+        reasoning=share("reasoning", 1.0),
+        perplexity=share("perplexity", 1.0),
+        others=min(share("arithmetic", 1.0), share("listed", 1.0)),
+    )
+
+
+def strength_stage(run: Run, factors: dict[str, dict[str, Factors]]) -> None:
+    """The search for the goals on the tune split: every candidate judged, the best one chosen, and
+    the published edit beside it."""
+    from surgery.search import Axis, objective, search
+
+    r, tune = run.recipe, run.patient.material.tune
+    depends = {"factors": run.stages.done["factors"].fingerprint, "tune": tune.sha256}
+    base = run.stages.run(
+        "try-base",
+        {**depends, "batch": r.judge_batch_size},
+        lambda _: tune_figures(run, run.patient.model),
+    ).value
+    goals = goals_of(r)
+    result, points = None, []
+    if r.method != "none":
+        from surgery.rankings import RANKINGS
+
+        ranking, layers = RANKINGS[r.method], placements(run)
+        low, high = (0.002, 0.02) if in_rounds(r) else ranking.span
+        space: dict[str, Axis] = {"strength": Axis(min(low, high), max(low, high), log=ranking.log)}
+        start: list[dict[str, Any]] = [
+            {"strength": x} for x in ([0.005] if in_rounds(r) else strengths(ranking, r.candidates))
+        ]
+        if in_rounds(r) and len(layers) > 1:
+            space["layers"] = Axis(choices=tuple(layers))
+            start = [{**s, "layers": next(iter(layers))} for s in start]
+        if r.strength is not None:
+            start = [{**start[0], "strength": r.strength}]
+
+        def points_of(settings: dict[str, Any]) -> list[dict[str, Any]]:
+            return [s.value for s in tries(run, factors, goals, base, settings, layers)]
+
+        def evaluate(settings: dict[str, Any]) -> Outcome:
+            outcomes = [outcome_of(p, base) for p in points_of(settings)]
+            return min(outcomes, key=lambda o: objective(goals, o))
+
+        result = search(
+            dataclasses.replace(goals, shrink=None),
+            space,
+            evaluate,
+            evaluations=1 if r.strength is not None else r.candidates,
+            journal=run.folder / "search.journal",
+            predict=lambda settings: predicted_cost(run, factors, settings, layers),
+            start=start,
+            seed=r.seed,
+            key=str(run.stages.done["try-base"].fingerprint),
+        )
+        for candidate in result.candidates:
+            if candidate.outcome is not None:
+                points += points_of(candidate.settings)
+    chosen = None
+    if points:
+        pool = points[-1:] if r.strength is not None else points
+        chosen = min(pool, key=lambda p: objective(goals, outcome_of(p, base)))
+    published = [] if r.method == "kfac" else tries_once(run, factors, "kfac", 4)
+
+    def compute(_: Path) -> Any:
+        met = chosen is not None and miss_of(goals, chosen, base) == 0
+        return {
+            "base": base,
+            "candidates": points + [s.value for s in published],
+            "chosen": chosen,
+            "goal_met": met,
+            "sentence": result.sentence if result is not None and not met else "",
+            "skipped": [dataclasses.asdict(c) for c in result.candidates if c.skipped]
+            if result is not None
+            else [],
+        }
+
+    marks = [s.fingerprint for s in run.stages.done.values() if s.name.startswith("try-")]
+    run.stages.run("strength", {**depends, "tries": marks, "goals": goals, "of": r.method}, compute)
+
+
+def miss_of(goals: Goals, point: dict[str, Any], base: dict[str, Any]) -> float:
+    """By how much a candidate misses the goals that a dense edit can meet."""
+    from surgery.search import miss
+
+    return miss(dataclasses.replace(goals, shrink=None), outcome_of(point, base))
+
+
+def in_rounds(recipe: Recipe) -> bool:
+    return recipe.method == "contrast" and recipe.rounds > 1
+
+
+def placements(run: Run) -> dict[str, str | None]:
+    """Layers that the search may choose between, by name: all that the recipe allows, and the half
+    that the layer map favours."""
+    from surgery.search import best_layers
+
+    r = run.recipe
+    found = run.stages.done["factors"].value["layers"].get("values", {})
+    layers = {int(k): float(v) for k, v in found.items()}
+    if r.candidates == 1 or len(layers) < 2 or r.strength is not None:
+        return {"all": r.layers}
+    best = best_layers(layers, max(1, len(layers) // 2))
+    return {"all": r.layers, "half": ",".join(map(str, best))}
+
+
+def predicted_cost(
+    run: Run,
+    factors: dict[str, dict[str, Factors]],
+    settings: dict[str, Any],
+    layers: dict[str, str | None],
+) -> float:
+    """Predicted cost of a candidate to the kept text, nats per token: the Kronecker form of its
+    first cut, times the square of the number of rounds that it may make."""
+    from surgery.predict import plan_deltas, quadratic_cost
+
+    r = run.recipe
+    where = layers[settings.get("layers", "all")]
+    plan = plan_dense(run, factors, r.method, settings["strength"], where)
+    cost = quadratic_cost(
+        plan_deltas(run.patient.model, plan), kept_factors(factors, r.keep_weights)
+    )
+    return cost * (r.rounds**2 if in_rounds(r) else 1)
+
+
+def tries(
+    run: Run,
+    factors: dict[str, dict[str, Factors]],
+    goals: Goals,
+    base: dict[str, Any],
+    settings: dict[str, Any],
+    layers: dict[str, str | None],
+) -> list[Stage]:
+    """One candidate of the search: a single cut, or the path of cuts up to where it no longer keeps
+    what it must. Every cut is a stage."""
+    from curvature.targets import select_targets
+    from surgery.operate import operate
+    from surgery.plan import load_plan, save_plan
+    from surgery.rounds import joined, memory_scales, next_round
+
+    r, model = run.recipe, run.patient.model
+    if not in_rounds(r):
+        return tries_once(run, factors, r.method, 0, [settings["strength"]])
+    where = settings.get("layers", "all")
+    kept_goals = dataclasses.replace(goals, forget=None)
+    names = ("eps", "keep_weights", "width", "batch_size", "seed", "targets", "factor_tokens")
+    path: list[Stage] = []
+    for number in range(1, r.rounds + 1):
+        before = path[-1] if path else None
+        depends = {
+            "before": before.fingerprint if before else run.stages.done["factors"].fingerprint,
+            "settings": settings,
+            "layers": layers[where],
+            "tune": run.patient.material.tune.sha256,
+            **{k: getattr(r, k) for k in names},
+        }
+
+        def compute(folder: Path, number: int = number, before: Stage | None = before) -> Any:
+            start = (
+                model
+                if before is None
+                else operate(model, load_plan(before.folder), copy_model=True, check=False)
+            )
+            targets = select_targets(start, r.targets, layers[where])
+            if before is None:
+                measured = factors
+                scales = memory_scales(factors, r.keep_weights, [t.name for t in targets])
+            else:
+                measured = measure(run, start, targets, f"round {number}", ROUND_SHARE)
+                scales = before.value["scales"]
+            cut = next_round(
+                start,
+                measured,
+                scales,
+                number=number,
+                strength=settings["strength"],
+                targets=targets,
+                keep=r.keep_weights,
+                seed=r.seed,
+                eps=r.eps,
+            )
+            save_plan(joined(model, cut.model, cut.plan, number), folder)
+            figures = tune_figures(run, cast("PreTrainedModel", cut.model))
+            about = {"method": r.method, **settings, "rounds": number, "scales": scales}
+            return {**about, **figures, "energy": cut.energy}
+
+        name = f"try-{r.method}-{where}-{settings['strength']:.3g}-{number}"
+        path.append(run.stages.run(name, depends, compute))
+        if r.strength is None and miss_of(kept_goals, path[-1].value, base) > 0:
+            break
+    return path
+
+
+def tries_once(
+    run: Run,
+    factors: dict[str, dict[str, Factors]],
+    method: str,
+    n: int,
+    values: Sequence[float] | None = None,
+) -> list[Stage]:
+    """Single cuts by `method`, at `n` strengths over its span or at the given ones."""
     from surgery.operate import operate
     from surgery.rankings import RANKINGS
 
-    r, tune = run.recipe, run.patient.material.tune
-    methods = [m for m in dict.fromkeys((r.method, "kfac")) if m != "none"]
-    names = (
-        "method",
-        "strength",
-        "eps",
-        "keep_weights",
-        "keep_reasoning",
-        "candidates",
-        "judge_batch_size",
-        "width",
-    )
-    depends = {"factors": run.stages.done["factors"].fingerprint, "tune": tune.sha256}
-    depends |= {k: getattr(r, k) for k in names}
-
-    def figures(model: PreTrainedModel) -> dict[str, float | None]:
-        j = judge(
-            model,
-            run.patient.tokenizer,
-            tune,
-            batch_size=r.judge_batch_size,
-            harness=False,
-            width=r.width,
-        )
-        return {
-            "recall": j.recall(tune),
-            "reasoning": j.reasoning(tune),
-            "arithmetic": j.aside(tune),
-            "listed": j.knowledge(True),
-            "unlisted": j.knowledge(False),
-            "perplexity": j.perplexity,
+    r, done = run.recipe, []
+    for value in strengths(RANKINGS[method], n) if values is None else values:
+        depends = {
+            "factors": run.stages.done["factors"].fingerprint,
+            "tune": run.patient.material.tune.sha256,
+            "method": method,
+            "strength": value,
+            **{k: getattr(r, k) for k in ("eps", "keep_weights", "seed", "targets", "layers")},
         }
 
-    def compute(_: Path) -> Any:
-        base = figures(run.patient.model)
-        grid = []
-        for method in methods:
-            values = strengths(RANKINGS[method], r.candidates)
-            if method == r.method and r.strength is not None:
-                values = sorted({*values, r.strength})
-            grid += [(method, value) for value in values]
-        candidates: list[dict[str, Any]] = []
-        for method, value in bar("strength", grid, unit="cuts"):
-            edited = operate(
-                run.patient.model,
-                plan_dense(run, factors, method, value),
-                copy_model=True,
-                check=False,
-            )
-            after = figures(cast("PreTrainedModel", edited))
-            candidates.append({"method": method, "strength": value, **after})
-        goal = r.keep_reasoning * (base["reasoning"] or 0.0)
-        mine = [c for c in candidates if c["method"] == r.method]
-        fitting = [c for c in mine if (c["reasoning"] or 0.0) >= goal]
-        chosen = r.strength
-        if chosen is None and mine:
-            pool = fitting or [max(mine, key=lambda c: c["reasoning"] or 0.0)]
-            chosen = min(pool, key=lambda c: (c["recall"] or 0.0, -(c["reasoning"] or 0.0)))[
-                "strength"
-            ]
-        return {"base": base, "candidates": candidates, "chosen": chosen, "goal_met": bool(fitting)}
+        def compute(_: Path, value: float = value) -> Any:
+            plan = plan_dense(run, factors, method, value, r.layers)
+            edited = operate(run.patient.model, plan, copy_model=True, check=False)
+            figures = tune_figures(run, cast("PreTrainedModel", edited))
+            return {"method": method, "strength": value, "rounds": 1, **figures}
 
-    run.stages.run("strength", depends, compute)
+        done.append(run.stages.run(f"try-{method}-{value:.4g}", depends, compute))
+    return done
 
 
 def strengths(ranking: Ranking, n: int) -> list[float]:
@@ -941,26 +1191,35 @@ def strengths(ranking: Ranking, n: int) -> list[float]:
 
 
 def cut_stage(run: Run, factors: dict[str, dict[str, Factors]]) -> PreTrainedModel:
-    """The dense edit at the chosen strength."""
+    """The dense edit that the search chose."""
     from surgery.operate import operate
     from surgery.plan import load_plan, save_plan
 
     r = run.recipe
     if r.method == "none":
         return run.patient.model
-    strength = run.stages.done["strength"].value["chosen"]
+    chosen = run.stages.done["strength"].value["chosen"]
+    tried = [
+        s
+        for name, s in run.stages.done.items()
+        if name.startswith("try-") and s.value == chosen and (s.folder / "plan.json").exists()
+    ]
+    settings = {k: chosen.get(k) for k in ("method", "strength", "rounds", "layers")}
     depends = {
         "factors": run.stages.done["factors"].fingerprint,
-        "method": r.method,
-        "strength": strength,
-        "eps": r.eps,
-        "keep_weights": r.keep_weights,
+        "tried": tried[0].fingerprint if tried else None,
+        **settings,
+        **{k: getattr(r, k) for k in ("eps", "keep_weights", "seed", "targets")},
     }
 
     def compute(folder: Path) -> Any:
-        plan = plan_dense(run, factors, r.method, strength)
+        plan = (
+            load_plan(tried[0].folder)
+            if tried
+            else plan_dense(run, factors, r.method, chosen["strength"], r.layers)
+        )
         save_plan(plan, folder)
-        return {"strength": strength, "removed": plan.removed, "total": plan.total}
+        return {**settings, "removed": plan.removed, "total": plan.total}
 
     stage = run.stages.run("cut", depends, compute)
     return cast(
@@ -992,14 +1251,16 @@ def shrink_stage(run: Run, name: str, model: PreTrainedModel, ranking: str) -> P
     from surgery.shrink import shrink
 
     r = run.recipe
-    if r.keep_neurons == 1:
+    if run.keep_neurons == 1:
         return model
     unedited = model_sha256(model) == run.patient.sha256
     measured = "factors" if unedited else "factors-after-cut"
     # after the cut only what is kept is measured again: the ranking of neurons asks for no more
     factors = factors_stage(run, measured, model, memorized=unedited)
-    names = ("keep_neurons", "multiple", "refit", "seed", "keep_weights")
-    depends = {"factors": run.stages.done[measured].fingerprint, "ranking": ranking}
+    names = ("multiple", "refit", "seed", "keep_weights")
+    depends: dict[str, Any] = {"ranking": ranking}
+    depends["factors"] = run.stages.done[measured].fingerprint
+    depends |= {"keep_neurons": run.keep_neurons}
     depends |= {k: getattr(r, k) for k in names}
 
     def compute(folder: Path) -> Any:
@@ -1012,7 +1273,7 @@ def shrink_stage(run: Run, name: str, model: PreTrainedModel, ranking: str) -> P
             model,
             ranking,
             factors,
-            strength=r.keep_neurons,
+            strength=run.keep_neurons,
             seed=r.seed,
             keep=r.keep_weights,
             **settings,

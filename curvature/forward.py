@@ -20,7 +20,7 @@ from transformers.activations import ACT2CLS
 
 from curvature.populations import Batch
 
-Labels = Literal["sampled", "gold", "margin"]
+Labels = Literal["sampled", "gold", "margin", "recited"]
 
 
 @contextmanager
@@ -193,14 +193,18 @@ def loss_gradient(
 
     `gold`: cross-entropy of the targets. `sampled`: cross-entropy of labels drawn from the model's
     own distribution by inverse transform of `noise` (the Fisher's gradient). `margin`: m = z_y -
-    max_{j != y} z_j.
+    max_{j != y} z_j. `recited`: the margin of the targets that the model predicts, max(m, 0); what
+    it does not recite has no margin to lose, and a memory that is gone leaves the estimate.
     """
     z = logits.float()
-    if labels == "margin":
+    if labels in ("margin", "recited"):
         rivals = z.scatter(1, targets[:, None], float("-inf")).argmax(1, keepdim=True)
         gradient = torch.zeros_like(z)
         gradient.scatter_(1, rivals, -1.0)
-        return gradient.scatter_(1, targets[:, None], 1.0)
+        gradient.scatter_(1, targets[:, None], 1.0)
+        if labels == "recited":
+            gradient *= z.gather(1, targets[:, None]) > z.gather(1, rivals)
+        return gradient
     gradient = z.softmax(-1)
     if labels == "sampled":
         assert noise is not None

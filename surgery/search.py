@@ -75,12 +75,15 @@ class Goals:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A candidate's figures on the tune split, shares of the base."""
+    """A candidate's figures on the tune split, shares of the base. others: the least kept of what
+    no goal names (arithmetic, listed knowledge).
+    """
 
     recall: float
     reasoning: float
     perplexity: float
     parameters: float = 1.0
+    others: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -151,9 +154,9 @@ def miss(goals: Goals, outcome: Outcome) -> float:
 
 def objective(goals: Goals, outcome: Outcome) -> float:
     """What is minimized: missed goals first, then, among what meets them, recall, parameters and
-    lost reasoning.
+    what was lost beside it.
     """
-    rest = outcome.recall + 0.3 * (1 - outcome.reasoning)
+    rest = outcome.recall + 0.3 * (2 - outcome.reasoning - min(outcome.others, 1.0))
     if goals.shrink is None:
         rest += 0.1 * outcome.parameters
     return 10 * miss(goals, outcome) + rest

@@ -98,6 +98,22 @@ def shrink(
     return small
 
 
+def neurons_for(model: nn.Module, parameters: float) -> float:
+    """Share of MLP neurons to keep so that at most the share `parameters` of all parameters stays.
+
+    Raises ValueError where more lies outside of the MLPs than may stay.
+    """
+    everything = parameter_count(model)
+    inside = sum(t.weight.numel() for block in mlp_blocks(model) for t in block.targets)
+    share = 1 - (1 - parameters) * everything / inside
+    if share <= 0:
+        raise ValueError(
+            f"shrink {parameters:g} cannot be met: {1 - inside / everything:.3g} of the parameters "
+            "lie outside of the MLPs; ask for more than that"
+        )
+    return share
+
+
 def drop_layers(model: PreTrainedModel, keep: Sequence[int]) -> PreTrainedModel:
     """A new model of the same class with only the decoder layers `keep`, in the model's order.
 

@@ -36,6 +36,13 @@ def _documents(texts: Sequence[str]) -> tuple[Document, ...]:
     return tuple(Document("", text) for text in texts)
 
 
+def _asked(items: Sequence[world.Item]) -> tuple[Document, ...]:
+    """Facts as question and answer in every form, so that only the answer counts as recited;
+    passages whole."""
+    asked = [Document(p, t) for i in items for p, t in i.forms.values()]
+    return (*asked, *_documents([t for i in items if not i.forms for t in i.texts]))
+
+
 def _evalset(seed: int, split: str, families: Sequence[str], n: int) -> EvalSet:
     memories: list[Item] = []
     knowledge: dict[bool, list[Item]] = {True: [], False: []}
@@ -109,7 +116,7 @@ def material(
             Population(
                 family,
                 "memorized",
-                _documents([t for i in edit if i.family == family for t in i.texts]),
+                _asked([i for i in edit if i.family == family]),
                 f"{about}, edit split",
             )
             for family in families

@@ -181,6 +181,11 @@ def energy(factors: Mapping[str, Factors]) -> float:
     return sum(float(f.G.trace()) * float(f.A.trace()) for f in factors.values())
 
 
+def scaled(factors: Mapping[str, Factors], scale: float) -> dict[str, Factors]:
+    """The same population with its curvature G (x) A multiplied by `scale`."""
+    return {name: replace(f, G=f.G * scale) for name, f in factors.items()}
+
+
 def balanced(operation: Operation) -> Operation:
     """The same operation with every memorized population scaled to the energy of the kept ones.
 
@@ -196,8 +201,7 @@ def balanced(operation: Operation) -> Operation:
             raise ValueError(
                 f"contrast: the margins of {population} have no gradient in the chosen targets"
             )
-        scaled = {name: replace(factors[name], G=factors[name].G * (kept / own)) for name in names}
-        parts[population] = (weight, scaled)
+        parts[population] = (weight, scaled({n: factors[n] for n in names}, kept / own))
     mixed = mix_factors(
         {name: factors for name, (_, factors) in parts.items()},
         {name: weight for name, (weight, _) in parts.items()},

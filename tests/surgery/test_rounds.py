@@ -1,0 +1,97 @@
+"""A cut in rounds: the first is `contrast` itself, the path is one plan, what is gone pulls no
+more."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from curvature.factors import collect_factors
+from curvature.forward import loss_gradient
+from curvature.targets import select_targets
+from surgery.operate import operate
+from surgery.rankings import plan_surgery
+from surgery.rounds import in_rounds, joined, memory_scales
+
+
+def weights(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def test_the_first_round_is_the_balanced_contrast(tiny_llama, factors, targets):
+    step = next(
+        in_rounds(
+            tiny_llama, lambda m: factors, select_targets, strength=0.05, rounds=1, first=factors
+        )
+    )
+    once = plan_surgery(tiny_llama, "contrast", factors, strength=0.05, targets=targets)
+    for name, tensor in once.tensors.items():
+        torch.testing.assert_close(step.plan.tensors[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_the_path_is_one_plan_and_leaves_the_patient_alone(tiny_llama, factors):
+    before = weights(tiny_llama)
+    steps = list(in_rounds(tiny_llama, lambda m: factors, select_targets, strength=0.05, rounds=3))
+    for name, weight in weights(tiny_llama).items():
+        assert torch.equal(weight, before[name])
+    plan = joined(tiny_llama, steps[-1].model, steps[-1].plan, 3)
+    edited = operate(tiny_llama, plan, copy_model=True)
+    for name, weight in weights(steps[-1].model).items():
+        assert torch.equal(weight, dict(edited.named_parameters())[name])
+    assert not torch.equal(
+        steps[0].model.state_dict()["model.layers.0.mlp.up_proj.weight"],
+        steps[1].model.state_dict()["model.layers.0.mlp.up_proj.weight"],
+    )
+
+
+def test_a_memory_that_is_gone_pulls_no_more(tiny_llama, factors):
+    nothing = {n: replace(f, G=torch.zeros_like(f.G)) for n, f in factors["memorized"].items()}
+    later = {**factors, "memorized": nothing}
+    steps = list(
+        in_rounds(
+            tiny_llama, lambda m: later, select_targets, strength=0.05, rounds=2, first=factors
+        )
+    )
+    assert steps[0].energy["memorized"] > 0
+    assert steps[1].energy["memorized"] == 0
+    for name, weight in weights(steps[1].model).items():
+        torch.testing.assert_close(weight, dict(steps[0].model.named_parameters())[name])
+
+
+def test_scales_put_every_memory_on_the_energy_of_the_kept_text(tiny_llama, factors):
+    names = list(factors["reasoning"])
+    doubled = {n: replace(f, G=2 * f.G) for n, f in factors["memorized"].items()}
+    one = memory_scales(factors, None, names)["memorized"]
+    assert memory_scales({**factors, "memorized": doubled}, None, names)["memorized"] == (
+        pytest.approx(one / 2, rel=1e-5)
+    )
+
+
+def test_text_that_is_not_recited_cannot_be_scaled(tiny_llama, factors):
+    nothing = {n: replace(f, G=torch.zeros_like(f.G)) for n, f in factors["memorized"].items()}
+    with pytest.raises(ValueError, match="recites nothing"):
+        memory_scales({**factors, "memorized": nothing}, None, list(nothing))
+
+
+def test_recited_margins_are_those_of_predicted_tokens():
+    logits = torch.tensor([[3.0, 1.0, 2.0], [0.0, 1.0, 5.0]])
+    targets = torch.tensor([0, 1])
+    got = loss_gradient(logits, targets, None, "recited")
+    assert got.tolist() == [[1, 0, -1], [0, 0, 0]]
+    assert loss_gradient(logits, targets, None, "margin")[1].tolist() == [0, 1, -1]
+
+
+def test_a_random_model_recites_next_to_nothing(tiny_llama, tokenizer, memories, targets):
+    settings = {"tokens": None, "width": 96, "batch_size": 16}
+    every = collect_factors(tiny_llama, tokenizer, memories, targets, labels="margin", **settings)
+    recited = collect_factors(
+        tiny_llama, tokenizer, memories, targets, labels="recited", **settings
+    )
+    for name in every:
+        assert recited[name].G.trace() < 0.3 * every[name].G.trace()
+        torch.testing.assert_close(recited[name].A, every[name].A)
+
+
+def test_no_round_is_refused(tiny_llama, factors):
+    with pytest.raises(ValueError, match="rounds is 0"):
+        next(in_rounds(tiny_llama, lambda m: factors, select_targets, strength=0.1, rounds=0))
