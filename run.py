@@ -13,10 +13,12 @@ Exit status: 0 goals met, 1 goals not met (the report is there), 2 bad input, 13
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from curvature.estimate import Work
     from curvature.factors import Factors
     from curvature.forward import Labels
     from curvature.populations import Population
@@ -38,7 +41,7 @@ if TYPE_CHECKING:
     from surgery.rankings.base import Ranking
     from surgery.search import Goals, Outcome
 
-MET, NOT_MET, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+MET, NOT_MET, BAD_INPUT, LOST, INTERRUPTED = 0, 1, 2, 3, 130
 ATTACK_TOKENS = 16 * 128
 """Tokens per step of the relearning attack."""
 ROUND_SHARE = 0.3
@@ -185,30 +188,70 @@ class Patient:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse, operate, report. Exit status: 0 goals met, 1 goals not met, 2 bad input, 130
-    interrupted."""
-    recipe = parse(arguments)
-    quiet_libraries(recipe.quiet)
+    """Parse, operate, report. Exit status: 0 goals met, 1 goals not met, 2 bad input or no room, 3
+    another process died, 130 interrupted."""
+    who = f"lethe (process {os.environ['RANK']})" if int(os.environ.get("RANK", 0)) else "lethe"
+    again = "the same command goes on after the last finished stage"
+
+    def said(text: object, status: int) -> int:
+        print(f"{who}: {' '.join(str(text).split())}", file=sys.stderr, flush=True)
+        return status
+
     try:
-        if recipe.ask is not None or recipe.run is not None:
-            return on_finished_run(recipe)
-        return scan(recipe) if recipe.scan_only else operate_on(recipe)
+        recipe = parse(arguments)
+        quiet_libraries(recipe.quiet)
+        from curvature.memory import is_out_of_memory
+        from curvature.processes import joined, world
+
+        with terminable(), joined(device_of(recipe)):
+            try:
+                if recipe.ask is not None or recipe.run is not None:
+                    return on_finished_run(recipe)
+                return scan(recipe) if recipe.scan_only else operate_on(recipe)
+            except RuntimeError as error:
+                if is_out_of_memory(error):
+                    return said(
+                        "out of memory: choose fewer --layers, lower --batch-size or --width, or "
+                        "use a machine with more memory",
+                        BAD_INPUT,
+                    )
+                if world() == 1:
+                    raise
+                return said(f"lost the other processes ({first_line(error)}); {again}", LOST)
     except (ValueError, OSError) as error:
-        print(f"lethe: {' '.join(str(error).split())}", file=sys.stderr)
-        return BAD_INPUT
+        return said(error, BAD_INPUT)
     except KeyboardInterrupt:
-        print(
-            "lethe: interrupted; the same command goes on after the last finished stage",
-            file=sys.stderr,
-        )
-        return INTERRUPTED
+        return said(f"interrupted; {again}", INTERRUPTED)
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:200]
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """A polite request to end (SIGTERM, as launchers and schedulers send it) is a Ctrl-C."""
+    import signal
+    import threading
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def parse(arguments: Sequence[str] | None = None) -> Recipe:
     """The recipe that the command line asks for; without --model or --config, the organism's."""
-    from jsonargparse import ActionConfigFile, ArgumentParser
+    from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
 
-    parser = ArgumentParser(prog="lethe", description=__doc__)
+    parser = ArgumentParser(prog="lethe", description=__doc__, exit_on_error=False)
     parser.add_argument(
         "--config", action=ActionConfigFile, help="A recipe file, such as recipes/organism.yaml."
     )
@@ -216,7 +259,11 @@ def parse(arguments: Sequence[str] | None = None) -> Recipe:
     given = spelled(sys.argv[1:] if arguments is None else arguments)
     if not any(a.split("=")[0] in ("--config", "--model") for a in given):
         given = ["--config", str(ORGANISM_RECIPE), *given]
-    found = parser.parse_args(given, defaults=False).as_dict()
+    try:
+        found = parser.parse_args(given, defaults=False).as_dict()
+    except ArgumentError as error:
+        files = [a.removeprefix("--config=") for a in given if a.startswith("--config=")]
+        raise ValueError(f"{' '.join([*files, str(error)])} (see --help)") from error
     stated = {f.name: found[f.name] for f in dataclasses.fields(Recipe) if f.name in found}
     recipe = Recipe(**stated, stated=tuple(stated))
     return dataclasses.replace(recipe, out=recipe.out or f"runs/{Path(recipe.model).name}")
@@ -245,7 +292,7 @@ def quiet_libraries(quiet: bool = False) -> None:
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    if quiet or not sys.stderr.isatty():
+    if quiet or not sys.stderr.isatty() or int(os.environ.get("RANK", 0)):
         # bars are for people; a log gets one line per stage
         os.environ.setdefault("TQDM_DISABLE", "1")
     # our own warnings are UserWarnings; what libraries say to their developers is not for users
@@ -257,6 +304,7 @@ def quiet_libraries(quiet: bool = False) -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
 
 
 # Without an operation -----------------------------------------------------------------------------
@@ -393,10 +441,16 @@ def path_of(recipe: Recipe) -> str | Path:
 
 
 def device_of(recipe: Recipe) -> str:
+    """cpu or cuda. Raises ValueError for a GPU that is not there."""
     import torch
 
-    found = "cuda" if torch.cuda.is_available() else "cpu"
-    return found if recipe.device == "auto" else recipe.device
+    if recipe.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            "device cuda: this machine has no GPU that torch can use; use --device cpu"
+        )
+    if recipe.device != "auto":
+        return recipe.device
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def fit(recipe: Recipe) -> Recipe:
@@ -405,8 +459,8 @@ def fit(recipe: Recipe) -> Recipe:
     import psutil
     import torch
     import yaml
-    from transformers import AutoConfig, AutoModelForCausalLM
 
+    from curvature.checkpoint import read_shape
     from curvature.targets import mlp_blocks
     from recipes import fitted
 
@@ -415,10 +469,7 @@ def fit(recipe: Recipe) -> Recipe:
         return recipe
     file = Path(str(recipe.out)) / "recipe.yaml"
     began = yaml.safe_load(file.read_text()) if file.exists() else None
-    trust = {"trust_remote_code": recipe.trust_remote_code}
-    config = AutoConfig.from_pretrained(path, **trust)
-    with torch.device("meta"):
-        shape = AutoModelForCausalLM.from_config(config, **trust)
+    config, shape = read_shape(path, recipe.trust_remote_code)
     gpu = device_of(recipe) == "cuda"
     free = torch.cuda.mem_get_info()[0] if gpu else psutil.virtual_memory().available
     sides = [(t.d_in, t.d_out) for b in mlp_blocks(shape) for t in b.targets]
@@ -435,19 +486,67 @@ def fit(recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, **{k: v for k, v in settings.items() if k in known})
 
 
+def work_of(recipe: Recipe) -> Work:
+    """The size of the job, for the estimate of memory and time."""
+    from curvature.estimate import Work
+
+    r = recipe
+    arms, kept = 3 + 2 * len(r.controls), 0.6 if r.keep_neurons is None else r.keep_neurons
+    attacked = (1 + len(r.controls)) * r.attack_steps * ATTACK_TOKENS
+    return Work(
+        width=r.width,
+        batch_size=r.batch_size,
+        judge_batch_size=r.judge_batch_size,
+        populations=5 if r.model == "organism" else 3,
+        factor_tokens=r.factor_tokens,
+        trained_tokens=attacked + (1 + len(r.controls)) * r.heal_tokens,
+        judged_tokens=(arms + 2 * r.candidates) * 3 * r.problems * r.width,
+        keep=kept,
+        trains=bool(r.attack_steps or (r.heal_tokens and kept < 1)),
+    )
+
+
+def look_for_room(recipe: Recipe, path: str | Path, device: str) -> dict[str, Any]:
+    """Print what the run needs beside what is free, refuse what cannot fit, before any weight is
+    read. Returns how to load the weights: spread over all GPUs where one does not hold them."""
+    import torch
+
+    from curvature.checkpoint import read_shape
+    from curvature.estimate import estimate, refuse, report, room
+    from curvature.processes import is_main, world
+    from curvature.targets import select_targets
+
+    config, shape = read_shape(path, recipe.trust_remote_code)
+    dtype = torch.float32 if device == "cpu" else config.dtype or torch.float32
+    shape.to(dtype)  # type: ignore[arg-type]
+    chosen = select_targets(shape, recipe.targets, recipe.layers)
+    work = work_of(recipe)
+    if work.keep < 1:
+        chosen += select_targets(shape, ("mlp",))
+    needed = estimate(shape, list({t.name: t for t in chosen}.values()), work)
+    free = room(device, str(recipe.out))
+    if is_main() and not recipe.quiet:
+        print(report(needed, free), flush=True)
+    refuse(needed, free)
+    if device == "cpu" or torch.cuda.device_count() == 1 or world() > 1:
+        return {}
+    return {"device_map": "auto"} if needed.memory > torch.cuda.mem_get_info()[0] else {}
+
+
 def load_model(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, torch.dtype]:
     """Model and tokenizer on their device, ready to be read; and the dtype as it was stored."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from curvature.checkpoint import read_checkpoint
 
     path, device = path_of(recipe), device_of(recipe)
-    trust = {"trust_remote_code": recipe.trust_remote_code}
-    tokenizer = AutoTokenizer.from_pretrained(path, **trust)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", **trust)
+    spread = look_for_room(recipe, path, device)
+    model, tokenizer = read_checkpoint(path, recipe.trust_remote_code, **spread)
     dtype = model.dtype
     # Half precision has no fast kernels on most CPUs, and second derivatives need fp32 in any case.
     model = model.float() if device == "cpu" else model
-    return model.to(torch.device(device)).eval(), tokenizer, dtype  # type: ignore[arg-type]
+    model = model if spread else model.to(torch.device(device))  # type: ignore[arg-type]
+    return model.eval(), tokenizer, dtype
 
 
 def load(recipe: Recipe) -> Patient:
@@ -513,6 +612,24 @@ def load(recipe: Recipe) -> Patient:
     return Patient(model, tokenizer, material, model_sha256(model), dtype)
 
 
+AT_LEAST = {
+    "prefix_tokens": 1,
+    "suffix_tokens": 1,
+    "problems": 1,
+    "width": 2,
+    "batch_size": 1,
+    "judge_batch_size": 1,
+    "factor_tokens": 1,
+    "candidates": 1,
+    "multiple": 1,
+    "cost_tokens": 1,
+    "rounds": 1,
+    "heal_tokens": 0,
+    "attack_steps": 0,
+    "seed": 0,
+}
+
+
 def check(recipe: Recipe) -> None:
     """Raise ValueError for settings that cannot be meant."""
     from surgery.rankings import RANKINGS
@@ -527,6 +644,13 @@ def check(recipe: Recipe) -> None:
             raise ValueError(
                 f"{setting} {name!r} is unknown: expected one of {', '.join(RANKINGS)}"
             )
+    for setting, name in rankings.items():
+        ranks_neurons = name != "none" and "multiple" in RANKINGS[name].settings
+        if setting != "method" and not ranks_neurons:
+            raise ValueError(f"{setting}: {name} edits matrices and does not rank neurons")
+    if len(set(recipe.controls)) < len(recipe.controls):
+        twice = next(c for c in recipe.controls if recipe.controls.count(c) > 1)
+        raise ValueError(f"controls names {twice} twice")
     if 0 < recipe.heal_tokens < recipe.batch_size * recipe.width:
         raise ValueError(
             f"heal_tokens is {recipe.heal_tokens}, less than one step of batch_size "
@@ -537,30 +661,39 @@ def check(recipe: Recipe) -> None:
             f"keep_neurons is {recipe.keep_neurons}: expected a share above 0, at most 1"
         )
     goals_of(recipe).check()
-    for setting in (
-        "prefix_tokens",
-        "suffix_tokens",
-        "problems",
-        "width",
-        "batch_size",
-        "factor_tokens",
-        "candidates",
-        "rounds",
-    ):
-        if getattr(recipe, setting) < 1:
-            raise ValueError(f"{setting} is {getattr(recipe, setting)}: expected at least 1")
+    for setting, least in AT_LEAST.items():
+        if getattr(recipe, setting) < least:
+            raise ValueError(f"{setting} is {getattr(recipe, setting)}: expected at least {least}")
+    for setting in ("eps", "heal_lr", "attack_lr"):
+        if not 0 < getattr(recipe, setting) < math.inf:
+            raise ValueError(f"{setting} is {getattr(recipe, setting)}: expected a number above 0")
+    for name, weight in (recipe.keep_weights or {}).items():
+        if not 0 <= weight < math.inf:
+            raise ValueError(f"keep_weights {name} is {weight}: expected a number, 0 or more")
+    if recipe.method != "none" and recipe.strength is not None:
+        low, high = RANKINGS[recipe.method].bounds
+        if not low <= recipe.strength <= high:
+            raise ValueError(
+                f"strength is {recipe.strength}: {recipe.method} expects {low:g} to {high:g}"
+            )
 
 
-def prepare_folder(recipe: Recipe) -> Path:
-    """The run folder with its `recipe.yaml`; a folder of another recipe is refused unless `update`
-    is set."""
+def run_folder(recipe: Recipe) -> Path:
+    """The run folder, made where it is new. A folder of another recipe is refused unless `update`
+    is set, and so is a folder of something else."""
     import yaml
 
+    from curvature.stages import LOCK
+
     folder = Path(str(recipe.out))
-    file = folder / "recipe.yaml"
-    settings = recipe.settings
+    file, settings = folder / "recipe.yaml", recipe.settings
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file: choose another --out")
     if file.exists():
-        before = yaml.safe_load(file.read_text())
+        try:
+            before = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError):
+            before = None
         changed = (
             [k for k in settings if before.get(k) != settings[k]]
             if isinstance(before, dict)
@@ -572,32 +705,40 @@ def prepare_folder(recipe: Recipe) -> Path:
                 "choose another --out, or give "
                 "--update to run again what depends on them"
             )
-    elif folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and any(p.name not in (LOCK, ".recipe.tmp") for p in folder.iterdir()):
         raise ValueError(f"{folder} exists and is not a run folder: choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(yaml.safe_dump(settings, sort_keys=False))
-    os.replace(temporary, file)
     return folder
+
+
+def save_recipe(recipe: Recipe, folder: Path) -> None:
+    """Write `recipe.yaml`, which replays the run."""
+    import yaml
+
+    temporary = folder / ".recipe.tmp"
+    temporary.write_text(yaml.safe_dump(recipe.settings, sort_keys=False), encoding="utf-8")
+    os.replace(temporary, folder / "recipe.yaml")
 
 
 # The stages ---------------------------------------------------------------------------------------
 
 
-def operate_on(recipe: Recipe) -> int:
+def operate_on(asked: Recipe) -> int:
     """load -> judge base -> factors -> strength -> cut -> shrink -> heal -> judge -> attack ->
     controls -> export -> report."""
+    from curvature.processes import from_main
     from curvature.stages import Stages, locked
     from surgery.publish import check_repository
 
     started = time.perf_counter()
-    if recipe.push_to_hub is not None:
-        check_repository(recipe.push_to_hub)
-    recipe = fit(recipe)
+    if asked.push_to_hub is not None:
+        check_repository(asked.push_to_hub)
+    recipe = from_main(lambda: fit(asked))
     check(recipe)
     patient = load(recipe)
-    folder = prepare_folder(recipe)
+    folder = from_main(lambda: run_folder(recipe))
     with locked(folder):
+        from_main(lambda: save_recipe(recipe, folder))
         say = silence if recipe.quiet else announce
         run = Run(recipe, patient, Stages(folder, say), folder)
         introduce(run)
@@ -623,14 +764,18 @@ def operate_on(recipe: Recipe) -> int:
             attack_stage(run, f"control-{ranking}", control)
         speed_stage(run, edited)
         samples_stage(run, edited)
-        verdict = conclude(run, edited, time.perf_counter() - started)
-    goals = judged_goals(verdict, recipe)
-    show(verdict, goals, folder, recipe.quiet)
-    if recipe.push_to_hub is not None:
-        from surgery.publish import push_to_hub
 
-        print(f"uploaded    {push_to_hub(folder / 'checkpoint', recipe.push_to_hub)}")
-    return goals_met(goals)
+        def concluded() -> int:
+            verdict = conclude(run, edited, time.perf_counter() - started)
+            goals = judged_goals(verdict, recipe)
+            show(verdict, goals, folder, recipe.quiet)
+            if recipe.push_to_hub is not None:
+                from surgery.publish import push_to_hub
+
+                print(f"uploaded    {push_to_hub(folder / 'checkpoint', recipe.push_to_hub)}")
+            return goals_met(goals)
+
+        return from_main(concluded)
 
 
 def measure_and_predict(run: Run) -> int:
@@ -667,7 +812,7 @@ def prediction_stage(run: Run, factors: dict[str, dict[str, Factors]]) -> list[d
     def compute(_: Path) -> Any:
         rows = []
         for value in bar("prediction", values, unit="cuts"):
-            plan = plan_dense(run, factors, r.method, value)
+            plan = plan_dense(run, factors, r.method, value, r.layers)
             deltas = plan_deltas(run.patient.model, plan)
             cost = {
                 p.name: predict_cost(
@@ -716,6 +861,8 @@ def judge_stage(run: Run, arm: str, model: PreTrainedModel) -> None:
 
 def spectrum_stage(run: Run) -> None:
     """PyHessian on the middle layer's down projection: top eigenvalues, trace and density."""
+    from curvature.capture import pieces
+    from curvature.memory import RowsAtOnce
     from curvature.populations import batches
     from curvature.spectra import pyhessian_spectra
     from curvature.targets import mlp_blocks
@@ -729,15 +876,18 @@ def spectrum_stage(run: Run) -> None:
         stream = batches(
             keep, run.patient.tokenizer, width=r.width, batch_size=8, tokens=None, seed=r.seed
         )
-        spectra = pyhessian_spectra(
-            run.patient.model,
-            [next(stream)],
-            [blocks[len(blocks) // 2].down],
-            top=2,
-            trace_probes=8,
-            density_steps=20,
-            seed=r.seed,
-            progress="spectrum",
+        batch = next(stream)
+        spectra = RowsAtOnce("spectrum", None, 8).run(
+            lambda rows: pyhessian_spectra(
+                run.patient.model,
+                [part for _, part in pieces(batch, rows)],
+                [blocks[len(blocks) // 2].down],
+                top=2,
+                trace_probes=8,
+                density_steps=20,
+                seed=r.seed,
+                progress="spectrum",
+            )
         )
         return {name: dataclasses.asdict(spectrum) for name, spectrum in spectra.items()}
 
@@ -1228,7 +1378,10 @@ def cut_stage(run: Run, factors: dict[str, dict[str, Factors]]) -> PreTrainedMod
 
 
 def saved(model: PreTrainedModel, folder: Path) -> None:
-    model.save_pretrained(folder / "model")
+    from curvature.processes import is_main
+
+    if is_main():
+        model.save_pretrained(folder / "model")
 
 
 def reloaded(run: Run, stage: Stage) -> PreTrainedModel:
@@ -1365,6 +1518,9 @@ def attack_stage(run: Run, arm: str, model: PreTrainedModel) -> None:
 
 def cost_stage(run: Run) -> None:
     """What the dense edit was predicted to cost each population, beside what it did cost."""
+    from functools import partial
+
+    from curvature.memory import RowsAtOnce
     from surgery.operate import operate
     from surgery.plan import load_plan
     from surgery.predict import plan_deltas, population_loss, predict_cost
@@ -1382,28 +1538,31 @@ def cost_stage(run: Run) -> None:
         plan, tokenizer = load_plan(cut.folder), run.patient.tokenizer
         edited = operate(run.patient.model, plan, copy_model=True, check=False)
         deltas = plan_deltas(run.patient.model, plan)
-        batching: dict[str, Any] = {
-            "tokens": r.cost_tokens,
-            "width": r.width,
-            "batch_size": r.batch_size,
-            "seed": r.seed,
-        }
-        rows = []
-        for population in (*material.keep, *material.memorized):
+
+        def costs(population: Population, rows: int) -> dict[str, Any]:
+            batching: dict[str, Any] = {
+                "tokens": r.cost_tokens,
+                "width": r.width,
+                "batch_size": rows,
+                "seed": r.seed,
+            }
             cost = predict_cost(run.patient.model, tokenizer, population, deltas, **batching)
             before = population_loss(run.patient.model, tokenizer, population, **batching)
             measured = population_loss(edited, tokenizer, population, **batching) - before
-            rows.append(
-                {
-                    "name": population.name,
-                    "first_order": cost.first,
-                    "second_order": cost.second,
-                    "predicted": cost.total,
-                    "measured": measured,
-                    "tokens": cost.tokens,
-                }
-            )
-        return rows
+            return {
+                "name": population.name,
+                "first_order": cost.first,
+                "second_order": cost.second,
+                "predicted": cost.total,
+                "measured": measured,
+                "tokens": cost.tokens,
+            }
+
+        at_once = RowsAtOnce("cost", "batch_size", r.batch_size)
+        return [
+            at_once.run(partial(costs, population))
+            for population in (*material.keep, *material.memorized)
+        ]
 
     run.stages.run("cost", depends, compute)
 
@@ -1411,10 +1570,17 @@ def cost_stage(run: Run) -> None:
 def speed_stage(run: Run, edited: PreTrainedModel) -> None:
     """Tokens per second of both models, side by side."""
     from curvature.artifacts import model_sha256
+    from curvature.memory import RowsAtOnce
+    from curvature.processes import is_main
     from evals.speed import compare_speed
 
     def compute(_: Path) -> Any:
-        return dataclasses.asdict(compare_speed(run.patient.model, edited))
+        if not is_main():
+            # two processes that measure at once measure each other
+            return None
+        at_once = RowsAtOnce("speed", None, 16)
+        base = run.patient.model
+        return dataclasses.asdict(at_once.run(lambda n: compare_speed(base, edited, batch_size=n)))
 
     run.stages.run("speed", {**run.source, "edited": model_sha256(edited)}, compute)
 

@@ -17,6 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from curvature.processes import is_main
+
 _METADATA_KEY = "lethe"
 
 
@@ -72,7 +74,9 @@ def model_sha256(model: nn.Module | str | Path) -> str:
 
 def _write(path: str | Path, fill: Callable[[str], None]) -> None:
     """Let `fill` write a temporary neighbour of `path`, then rename it: readers see the old file or
-    the new one."""
+    the new one. Of many processes the first alone writes."""
+    if not is_main():
+        return
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")

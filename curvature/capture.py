@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -27,7 +26,9 @@ from curvature.forward import (
     label_noise,
     recomputed_activations,
 )
+from curvature.memory import RowsAtOnce, is_out_of_memory
 from curvature.populations import Batch, Population, batches
+from curvature.processes import rank, world
 from curvature.progress import bar
 from curvature.targets import Target
 
@@ -193,23 +194,18 @@ def memory_advice(batch_size: int) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "not enough memory" not in str(error):
+        if not is_out_of_memory(error):
             raise
         smaller = f"lower batch_size from {batch_size} to {batch_size // 2}"
         advice = smaller if batch_size > 1 else "lower the width"
         raise ValueError(f"out of memory with batch_size {batch_size}: {advice}") from error
 
 
-def is_distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
-
-
 def share_of_batches(stream: Iterator[Batch]) -> Iterator[tuple[int, int, Batch]]:
     """(number, first row, batch) of this process's share of a stream: every world-size-th batch."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if is_distributed() else (0, 1)
-    first_row = 0
+    first_row, mine, of = 0, rank(), world()
     for number, batch in enumerate(stream):
-        if number % world == rank:
+        if number % of == mine:
             yield number, first_row, batch
         first_row += len(batch.ids)
 
@@ -233,29 +229,56 @@ def run_pass(
     """One forward and one backward pass over (this process's share of) a population, feeding the
     estimator.
 
-    before, after: called around each batch. The model is left as it was. Raises ValueError on
-    logits, inputs or gradients that are not finite, on a target that the pass does not reach, and
-    out of memory (with the setting to turn).
+    before, after: called around each batch. The model is left as it was. Out of memory, an
+    estimator that has a `restart` begins again with half of the rows at a time, which changes no
+    sum; for any other that is a ValueError with the setting to turn. Raises ValueError on logits,
+    inputs or gradients that are not finite and on a target that the pass does not reach.
     """
     check_labels(labels)
-    stream = batches(
-        population, tokenizer, width=width, batch_size=batch_size, tokens=tokens, seed=seed
-    )
-    shown = bar(progress, total=tokens, unit="tokens")
-    with shown, evaluation_mode(model, frozen=True), memory_advice(batch_size):
-        forward = CausalForward(model)
-        with recomputed_activations(model), Capture(targets, estimator) as capture:
-            for number, first_row, batch in share_of_batches(stream):
-                sampled = labels == "sampled"
-                noise = label_noise(seed, first_row, *batch.ids.shape) if sampled else None
-                before(batch)
-                capture.start(batch, number)
-                where = f"batch {number} of population {population.name!r}"
-                backward_from_loss(
-                    forward, batch, labels, noise, where=where, running=capture.during_backward
-                )
-                capture.finish()
-                after(batch)
-                shown.update(int(batch.scored.sum()))
-        capture.check_finite()
-    return capture
+    restart = getattr(estimator, "restart", None)
+
+    def one_pass(rows: int) -> Capture:
+        if restart is not None:
+            restart()
+        stream = batches(
+            population, tokenizer, width=width, batch_size=batch_size, tokens=tokens, seed=seed
+        )
+        shown = bar(progress, total=tokens, unit="tokens")
+        with shown, evaluation_mode(model, frozen=True):
+            forward = CausalForward(model)
+            with recomputed_activations(model), Capture(targets, estimator) as capture:
+                for number, first_row, whole in share_of_batches(stream):
+                    for start, batch in pieces(whole, rows):
+                        first = first_row + start
+                        sampled = labels == "sampled"
+                        noise = label_noise(seed, first, *batch.ids.shape) if sampled else None
+                        before(batch)
+                        capture.start(batch, number)
+                        backward_from_loss(
+                            forward,
+                            batch,
+                            labels,
+                            noise,
+                            where=f"batch {number} of population {population.name!r}",
+                            running=capture.during_backward,
+                        )
+                        capture.finish()
+                        after(batch)
+                    shown.update(int(whole.scored.sum()))
+            capture.check_finite()
+        return capture
+
+    if restart is None:
+        with memory_advice(batch_size):
+            return one_pass(batch_size)
+    what = f"the pass over {population.name!r}"
+    return RowsAtOnce(what, "batch_size", batch_size).run(one_pass)
+
+
+def pieces(batch: Batch, rows: int) -> Iterator[tuple[int, Batch]]:
+    """(first row, part) of a batch, at most `rows` rows each, as wide as the whole. Parts in which
+    nothing is scored are left out."""
+    for start in range(0, len(batch.ids), rows):
+        part = slice(start, start + rows)
+        if bool(batch.scored[part].any()):
+            yield start, Batch(batch.ids[part], batch.mask[part], batch.scored[part])

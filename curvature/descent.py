@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Literal
 
 import torch
@@ -12,7 +13,9 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
+from curvature.capture import pieces
 from curvature.forward import device_of
+from curvature.memory import RowsAtOnce
 from curvature.populations import Batch, Population, endless_batches
 from curvature.progress import bar
 
@@ -30,6 +33,24 @@ def population_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
     rows, positions = rows.to(logits.device), positions.to(logits.device)
     targets = batch.ids.to(logits.device)[rows, positions + 1]
     return F.cross_entropy(logits[rows, positions].float(), targets)
+
+
+def add_gradients(model: nn.Module, batch: Batch, trained: list[nn.Parameter], rows: int) -> float:
+    """Backward pass of `population_loss` in pieces of `rows` rows; the loss. What was in `.grad`
+    before is cleared."""
+    for parameter in trained:
+        parameter.grad = None
+    scored = int(batch.predicting.sum())
+    total = 0.0
+    for _, part in pieces(batch, rows):
+        loss = population_loss(model, part)
+        if len(part.ids) < len(batch.ids):
+            loss = loss * (int(part.predicting.sum()) / scored)
+        total += loss.item()
+        if not math.isfinite(total):
+            break
+        loss.backward()
+    return total
 
 
 def schedule_share(step: int, steps: int, schedule: Schedule, warmup: float = 0.05) -> float:
@@ -86,19 +107,19 @@ def fine_tune(
         population, tokenizer, width=width, batch_size=batch_size, seed=seed, score_end=score_end
     )
     losses = []
+    at_once = RowsAtOnce(progress or "training", "batch_size", batch_size)
     state = torch.random.get_rng_state()
     torch.manual_seed(seed)
     try:
         model.train()
         shown = bar(progress, total=steps * batch_size * width, unit="tokens")
         for step in range(steps):
-            loss = population_loss(model, next(stream))
-            losses.append(loss.item())
+            batch = next(stream)
+            losses.append(at_once.run(partial(add_gradients, model, batch, trained)))
             if not math.isfinite(losses[-1]):
                 raise ValueError(
                     f"the loss is not finite at step {step} of {steps}: lower lr ({lr:g})"
                 )
-            loss.backward()
             nn.utils.clip_grad_norm_(trained, 1.0)
             if project is not None:
                 project()

@@ -21,9 +21,10 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from curvature.artifacts import read_tensors, write_tensors
-from curvature.capture import Capture, is_distributed, run_pass
+from curvature.capture import Capture, run_pass
 from curvature.forward import Labels
 from curvature.populations import Population
+from curvature.processes import gathered, is_distributed
 from curvature.targets import Target
 
 
@@ -94,6 +95,10 @@ class SumsByTarget:
     def __init__(self) -> None:
         self.sums: dict[tuple[str, str], torch.Tensor] = {}
 
+    def restart(self) -> None:
+        """Forget everything: the pass begins again."""
+        self.sums.clear()
+
     def get(
         self, target: Target, key: str, shape: tuple[int, ...], like: torch.Tensor
     ) -> torch.Tensor:
@@ -108,14 +113,14 @@ class SumsByTarget:
         tokens, leads = capture.tokens, dict(capture.leads)
         if is_distributed():
             mine = {k: tuple(v.shape) for k, v in self.sums.items()}
-            gathered: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(gathered, (tokens, leads, mine))
-            tokens = sum(g[0] for g in gathered)
-            leads = {k: v for g in gathered for k, v in g[1].items()}
-            shapes = {k: v for g in gathered for k, v in g[2].items()}
+            everyone = gathered((tokens, leads, mine))
+            tokens = sum(g[0] for g in everyone)
+            leads = {k: v for g in everyone for k, v in g[1].items()}
+            shapes = {k: v for g in everyone for k, v in g[2].items()}
             devices = {t.name: t.parameter.device for t in capture.targets}
-            for key in sorted(shapes):
-                total = self.sums.setdefault(key, torch.zeros(shapes[key], device=devices[key[0]]))
+            for place in sorted(shapes):
+                zeros = torch.zeros(shapes[place], device=devices[place[0]])
+                total = self.sums.setdefault(place, zeros)
                 dist.all_reduce(total)
         if tokens == 0:
             raise ValueError("no token was counted: the population is empty")

@@ -29,9 +29,10 @@ from torch import nn
 from torch.func import functional_call, grad, jvp
 from torch.nn import functional as F
 
-from curvature.capture import is_distributed, memory_advice
+from curvature.capture import memory_advice
 from curvature.forward import CausalForward, device_of, evaluation_mode, twice_differentiable
 from curvature.populations import Batch
+from curvature.processes import is_distributed
 
 Matrix = Literal["hessian", "ggn"]
 Method = Literal["auto", "retained", "double", "jvp", "difference"]

@@ -21,10 +21,11 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
-from curvature.capture import is_distributed, run_pass
+from curvature.capture import run_pass
 from curvature.eigenbases import TargetEigenbases
 from curvature.forward import CausalForward, device_of, evaluation_mode
 from curvature.populations import Batch, Population, batches
+from curvature.processes import is_distributed
 from curvature.targets import Target
 
 

@@ -4,18 +4,21 @@ depends on has changed."""
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import resource
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from curvature.artifacts import fingerprint, read_json, write_json
+from curvature.memory import is_out_of_memory, print_line
+from curvature.processes import from_main, gathered, is_main
 
 PACKAGES = ("curvature", "surgery", "evals", "rl")
 
@@ -74,60 +77,123 @@ class Stages:
         mark = fingerprint(stage=name, code=code_sha256(), **depends)
         if name in self.done and self.done[name].fingerprint == mark:
             return self.done[name]
-        final, partial = self.folder / name, self.folder / f".{name}.partial"
-        record_file = final / "stage.json"
-        if record_file.exists():
-            record = read_json(record_file)
-            if record["fingerprint"] == mark:
-                self.announce(name, True)
-                stage = Stage(
-                    name,
-                    record["value"],
-                    final,
-                    mark,
-                    record["seconds"],
-                    record["peak_memory"],
-                    True,
-                )
-                self.done[name] = stage
-                return stage
-        self.announce(name, False)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        started = time.perf_counter()
-        try:
-            value = compute(partial)
-            seconds = time.perf_counter() - started
-            record = {
-                "fingerprint": mark,
-                "seconds": seconds,
-                "peak_memory": peak_memory(),
-                "value": value,
-            }
-            write_json(partial / "stage.json", record)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-        if final.exists():
-            stale = self.folder / f".{name}.stale"
-            shutil.rmtree(stale, ignore_errors=True)
-            os.replace(final, stale)
-            os.replace(partial, final)
-            shutil.rmtree(stale)
-        else:
-            os.replace(partial, final)
-        # Read back rather than handed on, so that a run and its replay see the very same value.
-        stage = Stage(
-            name,
-            read_json(record_file)["value"],
-            final,
-            mark,
-            seconds,
-            record["peak_memory"],
-            False,
-        )
+        stage = from_main(lambda: self._found(name, mark))
+        if stage is None:
+            stage = self._computed(name, mark, compute)
         self.done[name] = stage
         return stage
+
+    def _found(self, name: str, mark: str) -> Stage | None:
+        """The finished stage of this fingerprint, or None: there is none, or its files are not
+        what they were."""
+        final = self.folder / name
+        if not (final / RECORD).exists():
+            return None
+        try:
+            record = read_json(final / RECORD)
+            if record["fingerprint"] != mark:
+                return None
+            damaged = changed_files(final, record["files"])
+            found = Stage(
+                name, record["value"], final, mark, record["seconds"], record["peak_memory"], True
+            )
+        except (ValueError, KeyError, TypeError):
+            damaged = [RECORD]
+        if damaged:
+            print_line(f"{final / damaged[0]} is damaged or missing: the stage {name} is run again")
+            return None
+        self.announce(name, True)
+        return found
+
+    def _computed(self, name: str, mark: str, compute: Callable[[Path], Any]) -> Stage:
+        final, partial = self.folder / name, self.folder / f".{name}.partial"
+        if is_main():
+            self.announce(name, False)
+
+        def begin() -> None:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+
+        from_main(begin)
+        started = time.perf_counter()
+        try:
+            try:
+                value = compute(partial)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise ValueError(
+                    f"out of memory in the stage {name}: choose fewer --layers or --targets, lower "
+                    "--width, or use a machine with more memory"
+                ) from error
+            seconds = time.perf_counter() - started
+            memory = max(gathered(peak_memory()))
+
+            def commit() -> Any:
+                record = {
+                    "fingerprint": mark,
+                    "seconds": seconds,
+                    "peak_memory": memory,
+                    "files": digests(partial),
+                    "value": value,
+                }
+                write_json(partial / RECORD, record)
+                if final.exists():
+                    stale = self.folder / f".{name}.stale"
+                    shutil.rmtree(stale, ignore_errors=True)
+                    os.replace(final, stale)
+                    os.replace(partial, final)
+                    shutil.rmtree(stale)
+                else:
+                    os.replace(partial, final)
+                _sync(self.folder)
+                # Read back rather than handed on, so that a run and its replay see the very same
+                # value.
+                return read_json(final / RECORD)["value"]
+
+            value = from_main(commit)
+        except BaseException:
+            if is_main():
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+        return Stage(name, value, final, mark, seconds, memory, False)
+
+
+RECORD = "stage.json"
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file in a folder by relative path, each of them safe on the disk first."""
+    found = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        _sync(path)
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        found[path.relative_to(folder).as_posix()] = digest
+    return found
+
+
+def changed_files(folder: Path, expected: Mapping[str, str]) -> list[str]:
+    """Files of a finished stage that are gone or are not what was written."""
+    bad = []
+    for name, digest in expected.items():
+        try:
+            with (folder / name).open("rb") as file:
+                same = hashlib.file_digest(file, "sha256").hexdigest() == digest
+        except OSError:
+            same = False
+        if not same:
+            bad.append(name)
+    return bad
+
+
+def _sync(path: Path) -> None:
+    """What was written to a file or folder survives a power cut from here on."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def peak_memory() -> int:
@@ -135,16 +201,24 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+LOCK = ".lock"
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the run folder for this process; a second run on it is refused with a ValueError. Freed
-    when the process ends."""
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(
-                f"{folder}: another run is at work in this folder; "
-                "wait for it or choose another --out"
-            ) from error
+    """Hold the run folder for this run; a second run on it is refused with a ValueError. Freed when
+    the (first) process ends."""
+    with ExitStack() as held:
+
+        def acquire() -> None:
+            file = held.enter_context((folder / LOCK).open("w"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ValueError(
+                    f"{folder}: another run is at work in this folder; "
+                    "wait for it or choose another --out"
+                ) from error
+
+        from_main(acquire)
         yield

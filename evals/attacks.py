@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from curvature.descent import fine_tune
 from curvature.populations import Population
+from curvature.processes import same_weights
 from evals.generation import generate
 from evals.memorization import encode_pair, recite
 
@@ -93,6 +94,7 @@ def relearn(
         def score(step: int, attacked: nn.Module = attacked, marks=marks, hits=hits) -> None:
             mode = attacked.training
             attacked.eval()
+            same_weights(attacked)
             scores = recite(attacked, tokenizer, everything, judge_batch_size)
             attacked.train(mode)
             marks.append(step)

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from curvature.memory import RowsAtOnce
+from curvature.processes import shared_out
 from curvature.progress import bar
 
 
@@ -54,37 +56,52 @@ def generate(
     pad = next(t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if t is not None)
     order = sorted(range(len(encoded)), key=lambda k: (-len(encoded[k]), -lengths[k]))
     groups = [order[k : k + batch_size] for k in range(0, len(order), batch_size)]
-    out: list[list[list[int]]] = [[] for _ in encoded]
+    at_once = RowsAtOnce("generation", "judge_batch_size", batch_size)
     was_training = model.training
     model.eval()
+
+    def write(group: Sequence[int]) -> dict[int, list[list[int]]]:
+        out: dict[int, list[list[int]]] = {k: [] for k in group}
+        width = max(len(encoded[k]) for k in group)
+        ids = torch.full((len(group), width), pad)
+        mask = torch.zeros(len(group), width, dtype=torch.long)
+        for row, k in enumerate(group):
+            ids[row, width - len(encoded[k]) :] = torch.tensor(encoded[k])
+            mask[row, width - len(encoded[k]) :] = 1
+        settings = GenerationConfig(
+            max_new_tokens=max(lengths[k] for k in group),
+            num_return_sequences=tries,
+            pad_token_id=pad,
+            eos_token_id=end,
+            **sampling,  # type: ignore[arg-type]
+        )
+        produced = model.generate(  # type: ignore[operator]
+            ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            generation_config=settings,
+        )
+        for row, tokens in enumerate(produced[:, width:].tolist()):
+            k = group[row // tries]
+            tokens = tokens[: lengths[k]]
+            if end is not None and end in tokens:
+                tokens = tokens[: tokens.index(end)]
+            out[k].append(tokens)
+        return out
+
+    shown = bar(progress, total=len(encoded), unit="prompts")
+
+    def one(group: Sequence[int]) -> dict[int, list[list[int]]]:
+        parts = at_once.run(lambda n: [write(group[k : k + n]) for k in range(0, len(group), n)])
+        shown.update(len(group))
+        return {k: tries_ for part in parts for k, tries_ in part.items()}
+
     # one forked state for both devices: sampling must neither see nor move the caller's generator
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
-        for group in bar(progress, groups, unit="batches"):
-            width = max(len(encoded[k]) for k in group)
-            ids = torch.full((len(group), width), pad)
-            mask = torch.zeros(len(group), width, dtype=torch.long)
-            for row, k in enumerate(group):
-                ids[row, width - len(encoded[k]) :] = torch.tensor(encoded[k])
-                mask[row, width - len(encoded[k]) :] = 1
-            settings = GenerationConfig(
-                max_new_tokens=max(lengths[k] for k in group),
-                num_return_sequences=tries,
-                pad_token_id=pad,
-                eos_token_id=end,
-                **sampling,  # type: ignore[arg-type]
-            )
-            produced = model.generate(  # type: ignore[operator]
-                ids.to(model.device),
-                attention_mask=mask.to(model.device),
-                generation_config=settings,
-            )
-            for row, tokens in enumerate(produced[:, width:].tolist()):
-                k = group[row // tries]
-                tokens = tokens[: lengths[k]]
-                if end is not None and end in tokens:
-                    tokens = tokens[: tokens.index(end)]
-                out[k].append(tokens)
+        # draws follow one another, so sampled text is not shared out over processes
+        done = [one(group) for group in groups] if temperature > 0 else shared_out(groups, one)
+    shown.close()
     model.train(was_training)
-    return out
+    found = {k: tries_ for part in done for k, tries_ in part.items()}
+    return [found[k] for k in range(len(encoded))]

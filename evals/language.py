@@ -16,7 +16,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from curvature.memory import RowsAtOnce
 from curvature.populations import Population
+from curvature.processes import shared_out
 from evals.generation import generate
 
 
@@ -89,8 +91,10 @@ def read_language(
     modes = [(m, m.training) for m in (model, base) if m is not None]
     for m, _ in modes:
         m.eval()
-    for start in range(0, len(rows), batch_size):
-        chunk = rows[start : start + batch_size]
+    at_once = RowsAtOnce("reading of clean text", "judge_batch_size", batch_size)
+    Row = tuple[int, list[int]]
+
+    def read(chunk: list[Row]) -> list[tuple[float, float]]:
         longest = len(chunk[0][1])
         ids = torch.zeros(len(chunk), longest, dtype=torch.long)
         for row, (_, document_ids) in enumerate(chunk):
@@ -100,16 +104,24 @@ def read_language(
         ids = ids.to(device)
         logp = model(input_ids=ids, use_cache=False).logits[:, :-1].float().log_softmax(-1)
         token_nll = -logp.gather(2, ids[:, 1:, None])[..., 0] * scored
-        sums = token_nll.double().sum(1).cpu().numpy()
+        sums = token_nll.double().sum(1).tolist()
+        kls = [0.0] * len(chunk)
         if base is not None:
             reference = base(input_ids=ids, use_cache=False).logits[:, :-1].float().log_softmax(-1)
             divergence = (reference.exp() * (reference - logp)).sum(-1) * scored
-            kls = divergence.double().sum(1).cpu().numpy()
-        for row, (k, document_ids) in enumerate(chunk):
-            nll[k] += sums[row]
+            kls = divergence.double().sum(1).tolist()
+        return list(zip(sums, kls, strict=True))
+
+    def one(chunk: list[Row]) -> list[tuple[float, float]]:
+        parts = at_once.run(lambda n: [read(chunk[k : k + n]) for k in range(0, len(chunk), n)])
+        return [sums for part in parts for sums in part]
+
+    chunks = [rows[k : k + batch_size] for k in range(0, len(rows), batch_size)]
+    for chunk, sums_of in zip(chunks, shared_out(chunks, one), strict=True):
+        for (k, document_ids), (row_nll, row_kl) in zip(chunk, sums_of, strict=True):
+            nll[k] += row_nll
+            kl[k] += row_kl
             tokens[k] += len(document_ids) - 1
-            if base is not None:
-                kl[k] += kls[row]
     for m, mode in modes:
         m.train(mode)
     kept = tokens > 0

@@ -18,6 +18,8 @@ from scipy.stats import mannwhitneyu
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from curvature.memory import RowsAtOnce
+from curvature.processes import shared_out
 from curvature.progress import bar
 from evals.generation import generate
 
@@ -86,10 +88,11 @@ def recite(
     encoded = [encode_pair(tokenizer, *pair) for pair in pairs]
     order = sorted(range(len(encoded)), key=lambda k: -len(encoded[k][0]))
     device = next(model.parameters()).device
-    out: list[Recitation | None] = [None] * len(encoded)
-    batches = [order[k : k + batch_size] for k in range(0, len(order), batch_size)]
     shown = bar(progress, total=sum(len(ids) for ids, _ in encoded), unit="tokens")
-    for batch in batches:
+    at_once = RowsAtOnce("scoring of recitations", "judge_batch_size", batch_size)
+
+    def score(batch: Sequence[int]) -> dict[int, Recitation]:
+        out = {}
         width = len(encoded[batch[0]][0])
         ids = torch.zeros(len(batch), width, dtype=torch.long)
         mask = torch.zeros(len(batch), width, dtype=torch.long)
@@ -114,9 +117,17 @@ def recite(
             out[k] = Recitation(
                 bool(right.all()), float(right.float().mean()), 1 - revealed / n, float(logprob), n
             )
-        shown.update(int(mask.sum()))
-    shown.close()
-    return [r for r in out if r is not None]
+        return out
+
+    def one(batch: Sequence[int]) -> dict[int, Recitation]:
+        scored = at_once.run(lambda n: [score(batch[k : k + n]) for k in range(0, len(batch), n)])
+        shown.update(sum(len(encoded[k][0]) for k in batch))
+        return {k: r for part in scored for k, r in part.items()}
+
+    batches = [order[k : k + batch_size] for k in range(0, len(order), batch_size)]
+    with shown:
+        found = {k: r for part in shared_out(batches, one) for k, r in part.items()}
+    return [found[k] for k in range(len(encoded))]
 
 
 def similarities(

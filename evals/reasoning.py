@@ -25,7 +25,9 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from curvature.memory import RowsAtOnce
 from curvature.populations import Document
+from curvature.processes import shared_out
 from curvature.progress import bar
 from evals.memorization import encode_pair
 
@@ -99,9 +101,26 @@ def _quiet_hflm() -> Any:
         def _loglikelihood_tokens(
             self, requests: Any, disable_tqdm: bool = True, override_bs: int | None = None
         ) -> Any:
-            return super()._loglikelihood_tokens(
-                requests, disable_tqdm=True, override_bs=override_bs
+            # the order and the batches that lm-eval makes itself, each done by one process
+            order = sorted(
+                range(len(requests)),
+                key=lambda k: (-len(requests[k][1] + requests[k][2]), requests[k][1:]),
             )
+            size = override_bs or int(self.batch_size)
+            at_once = RowsAtOnce("reasoning tasks", "judge_batch_size", size)
+
+            def some(chunk: Sequence[int], n: int) -> list[Any]:
+                out: list[Any] = []
+                for k in range(0, len(chunk), n):
+                    part = [requests[i] for i in chunk[k : k + n]]
+                    out += ask(part, disable_tqdm=True, override_bs=n)
+                return out
+
+            ask = super()._loglikelihood_tokens
+            chunks = [order[k : k + size] for k in range(0, len(order), size)]
+            answers = shared_out(chunks, lambda c: at_once.run(lambda n: some(c, n)))
+            found = dict(zip(order, (a for part in answers for a in part), strict=True))
+            return [found[k] for k in range(len(requests))]
 
         def _model_call(self, inps: Any, *args: Any, **kwargs: Any) -> Any:
             if self.bar is not None:

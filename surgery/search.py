@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from optuna.trial import TrialState
 
 from curvature.artifacts import fingerprint
 from curvature.factors import Factors
+from curvature.processes import from_main, is_main
 from curvature.targets import Target
 
 Settings = dict[str, Any]
@@ -224,6 +226,11 @@ def search(
     it stopped and gives the same candidates as one that was never interrupted. Raises ValueError on
     goals or a space that make no sense.
     """
+    if not is_main():
+        # the first process searches; the others take part in every evaluation
+        while settings := from_main(dict):
+            evaluate(settings)
+        return from_main(lambda: NOTHING)
     goals.check()
     if evaluations < 1 or not space:
         raise ValueError(
@@ -275,6 +282,7 @@ def search(
             trial.set_user_attr("skipped", reason)
             study.tell(trial, state=TrialState.PRUNED)
         else:
+            from_main(partial(dict, settings))
             outcome = evaluate(settings)
             trial.set_user_attr("outcome", asdict(outcome))
             trial.set_user_attr("miss", miss(goals, outcome))
@@ -293,7 +301,13 @@ def search(
     )
     chosen = ranked[0]
     met = chosen.miss == 0
-    return SearchResult(tuple(done), chosen, met, () if met else tuple(ranked[:3]))
+    found = SearchResult(tuple(done), chosen, met, () if met else tuple(ranked[:3]))
+    from_main(dict)
+    return from_main(lambda: found)
+
+
+NOTHING = SearchResult((), Candidate(0, {}, None, None, 0.0), False, ())
+"""What a process that did not search has until the first one tells."""
 
 
 def layer_map(

@@ -385,7 +385,7 @@ def test_out_of_memory_names_the_setting(tiny_llama, tokenizer, population):
         raise torch.OutOfMemoryError("out of memory")
 
     tiny_llama.model.layers[0].register_forward_pre_hook(exhausted)
-    with pytest.raises(ValueError, match="lower batch_size from 6 to 3"):
+    with pytest.raises(ValueError, match="with a single row: lower --width"):
         collect_factors(
             tiny_llama,
             tokenizer,

@@ -1,0 +1,225 @@
+"""How much memory and arithmetic a run asks for, from the model's shape alone, before any weight is
+loaded.
+
+Bytes of one process, b per weight, n = rows * width tokens at a time (docs/scale.md derives them):
+
+    weights   b P
+    training  b (P + P) + b (2 + 4) P_kept      patient and dense edit; shrunk and healed; the copy
+                                                that the attack trains, its gradient, Adam's moments
+    factors   4 (sum over inputs of d_in^2 + sum over targets of (d_in^2 + 2 d_out^2))
+                                                A once per shared input; A', G and G' per target
+    rows      n sum over layers from the lowest target of (8 d + b (4 q + 3 m + d)) + n b (m + 2 d)
+                                                two norms' inputs in fp32, q, repeated k and v, the
+                                                attention's output, gate, up, and the targets' own
+                                                inputs for A' and G'; the widest gradient
+    logits    8 min(n, CHUNK / V) V             in chunks over the positions, in fp32 with their
+                                                gradient
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from curvature.forward import CHUNK
+from curvature.targets import Target
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is going to be done. width, batch_size, judge_batch_size: as in the recipe. populations:
+    how many are measured. passes: how many of them twice (after the cut). factor_tokens: per
+    population. trained_tokens: healing and attack, all arms. judged_tokens: read by the judge, all
+    arms. keep: share of the MLP neurons that stays."""
+
+    width: int
+    batch_size: int
+    judge_batch_size: int
+    populations: int
+    factor_tokens: int
+    trained_tokens: int
+    judged_tokens: int
+    keep: float
+    trains: bool = True
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes and floating-point operations of one run in one process (see the module).
+
+    factors: of one population, which the collecting device holds; the finished ones lie on the disk
+    and are read from there. disk: what the run folder may grow to.
+    """
+
+    weights: int
+    training: int
+    factors: int
+    rows: int
+    one_row: int
+    logits: int
+    judge: int
+    disk: int
+    operations: float
+
+    @property
+    def memory(self) -> int:
+        """The peak: the factor pass, the judge or the training, whichever is largest."""
+        return max(
+            2 * self.weights + self.factors + self.rows + self.logits,
+            self.weights + self.judge,
+            self.training + self.rows + self.logits,
+        )
+
+    @property
+    def least(self) -> int:
+        """What is needed with one row at a time, which is where halving the rows ends."""
+        return max(self.weights + self.factors + self.one_row, self.training + self.one_row)
+
+
+def parameters_of(model: nn.Module) -> int:
+    """Weights, tied ones once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def factor_bytes(targets: Sequence[Target]) -> int:
+    """Bytes of A, G, A' and G' of one population in fp32, an A that targets share counted once:
+    exactly the tensors that `collect_factors` returns."""
+    inputs = {(t.layer, t.input_group): t.d_in for t in targets}
+    shared = sum(d * d for d in inputs.values())
+    return 4 * (shared + sum(t.d_in**2 + 2 * t.d_out**2 for t in targets))
+
+
+def row_bytes(model: nn.Module, targets: Sequence[Target]) -> int:
+    """Bytes per token that stand until the backward pass has used them: the layers from the lowest
+    target upwards, their widest gradient, and the hidden states before and after the head."""
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    b = next(model.parameters()).dtype.itemsize
+    d = config.hidden_size
+    heads = config.num_attention_heads
+    q = heads * (getattr(config, "head_dim", None) or d // heads)
+    m = config.intermediate_size
+    m = max(m) if isinstance(m, list | tuple) else m
+    layers = config.num_hidden_layers - max(0, min(t.layer for t in targets))
+    return layers * (8 * d + b * (4 * q + 3 * m + d)) + b * (m + 2 * d)
+
+
+def estimate(model: nn.Module, targets: Sequence[Target], work: Work) -> Estimate:
+    """Of a run on `model`, whose weights may be on the meta device."""
+    config: Any = model.config
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    b = next(model.parameters()).dtype.itemsize
+    P, V = parameters_of(model), config.vocab_size
+    mlp = sum(t.parameters for t in targets if ".mlp." in f".{t.name}.")
+    kept = P - round((1 - work.keep) * mlp)
+    n = work.batch_size * work.width
+    factors, per_token = factor_bytes(targets), row_bytes(model, targets)
+    gram = sum(t.d_in**2 + t.d_out**2 for t in targets)
+    eigen = 9 * sum(t.d_in**3 + t.d_out**3 for t in targets)
+    operations = (
+        work.populations * work.factor_tokens * (4.0 * P + 2 * gram)
+        + 6.0 * kept * work.trained_tokens
+        + 2.0 * P * work.judged_tokens
+        + 2.0 * eigen
+    )
+    return Estimate(
+        weights=b * P,
+        training=b * (2 * P + 6 * kept) if work.trains else 2 * b * P,
+        factors=factors,
+        rows=n * per_token,
+        one_row=work.width * per_token,
+        logits=8 * min(n, max(1, CHUNK // V)) * V,
+        judge=work.judge_batch_size * work.width * V * (b + 8),
+        disk=2 * work.populations * factors + b * (P + 4 * kept),
+        operations=operations,
+    )
+
+
+@dataclass(frozen=True)
+class Room:
+    """What this machine has free. memory: of the device that computes, bytes. disk: of the run
+    folder. rate: floating-point operations per second of a matrix product, measured now."""
+
+    device: str
+    memory: int
+    disk: int
+    rate: float
+
+
+def room(device: str, folder: str | Path, dtype: torch.dtype = torch.float32) -> Room:
+    """Look at the machine: free memory (of the GPU or of this process's share of the CPU's), free
+    disk, and the speed of one matrix product."""
+    import shutil
+
+    import psutil
+
+    place = Path(folder).absolute()
+    while not place.exists():
+        place = place.parent
+    if device == "cuda":
+        memory = sum(torch.cuda.mem_get_info(k)[0] for k in range(torch.cuda.device_count()))
+    else:
+        # the launcher's other processes on this machine take as much
+        memory = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    x = torch.ones(512, 512, device=device, dtype=dtype)
+    x @ x
+    started = time.perf_counter()
+    float((x @ x)[0, 0])
+    spent = time.perf_counter() - started
+    return Room(device, memory, shutil.disk_usage(place).free, 2 * 512**3 / spent)
+
+
+def report(needed: Estimate, free: Room) -> str:
+    """The line that stands before the long work."""
+
+    def gib(size: float) -> str:
+        return f"{size / GIB:.2f}" if size < GIB else f"{size / GIB:,.1f}"
+
+    minutes = needed.operations / free.rate / 60
+    time_needed = f"{minutes:.0f} min" if minutes >= 1 else "a minute"
+    return (
+        f"needs about {gib(needed.memory)} GiB of {gib(free.memory)} free ({free.device}; weights "
+        f"{gib(needed.weights)}, factors {gib(needed.factors)}, rows {gib(needed.rows)}, logits "
+        f"{gib(needed.logits)}, training {gib(needed.training)}), {gib(needed.disk)} GiB of "
+        f"{gib(free.disk)} on disk, and {time_needed} of arithmetic or more"
+    )
+
+
+def refuse(needed: Estimate, free: Room) -> None:
+    """Raise ValueError, with the setting to turn, for a run that cannot fit even with one row at a
+    time."""
+    if needed.disk > free.disk:
+        raise ValueError(
+            f"the run folder may grow to {needed.disk / GIB:.1f} GiB and its disk has "
+            f"{free.disk / GIB:.1f} GiB free: choose another --out, or fewer --layers"
+        )
+    if needed.least <= free.memory:
+        return
+    where = {"cuda": "the GPUs have", "cpu": "this machine has"}[free.device]
+    parts = {
+        "weights": (needed.weights, "use a machine with more memory or a smaller --model"),
+        "factors": (needed.factors, "choose fewer --layers or --targets"),
+        "one row": (needed.one_row, "lower --width"),
+        "training": (
+            needed.training - needed.weights,
+            "set --heal-tokens 0 and --attack-steps 0, or use a larger machine",
+        ),
+    }
+    if needed.weights > free.memory:
+        largest = "weights"
+    else:
+        largest = max(parts, key=lambda name: parts[name][0] if name != "weights" else 0)
+    size, advice = parts[largest]
+    raise ValueError(
+        f"out of memory before it begins: at least {needed.least / GIB:.1f} GiB are needed "
+        f"({largest} {size / GIB:.1f}) and {where} {free.memory / GIB:.1f} GiB free: {advice}"
+    )

@@ -1,0 +1,368 @@
+"""What a user can get wrong: each gets one line that names the thing and the way out, the exit
+status 2, before any long work, and leaves nothing behind."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+import run
+from curvature.populations import Document, Population, load_population, split_population
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    return tiny.write_patient(tmp_path_factory.mktemp("patient"))
+
+
+# Settings: (settings, words) ----------------------------------------------------------------------
+
+SETTINGS = {
+    "prefix of nothing": ({"prefix_tokens": 0}, "prefix_tokens is 0: expected at least 1"),
+    "negative suffix": ({"suffix_tokens": -3}, "suffix_tokens is -3"),
+    "prefix beyond the context": ({"prefix_tokens": 400}, "do not fit into the context"),
+    "prefix beyond the texts": ({"prefix_tokens": 90}, "no document holds a prefix of 90"),
+    "no problems": ({"problems": 0}, "problems is 0"),
+    "width of one": ({"width": 1}, "width is 1: expected at least 2"),
+    "width beyond the context": ({"width": 4096, "heal_tokens": 0}, "longer than the context"),
+    "width below a problem": ({"width": 6}, "does not fit into a row of 6"),
+    "no rows": ({"batch_size": 0}, "batch_size is 0"),
+    "no judged rows": ({"judge_batch_size": 0}, "judge_batch_size is 0"),
+    "no tokens": ({"factor_tokens": 0}, "factor_tokens is 0"),
+    "no candidates": ({"candidates": 0}, "candidates is 0"),
+    "no multiple": ({"multiple": 0}, "multiple is 0"),
+    "negative seed": ({"seed": -1}, "seed is -1"),
+    "healing of less than a step": ({"heal_tokens": 10}, "less than one step"),
+    "negative healing": ({"heal_tokens": -10}, "heal_tokens is -10"),
+    "negative attack": ({"attack_steps": -1}, "attack_steps is -1"),
+    "attack that learns nothing": ({"attack_lr": 0.0}, "attack_lr is 0.0"),
+    "healing that unlearns": ({"heal_lr": -1e-3}, "heal_lr is -0.001"),
+    "infinite learning rate": ({"heal_lr": "inf"}, "heal_lr"),
+    "no cost": ({"cost_tokens": 0}, "cost_tokens is 0"),
+    "damping of nothing": ({"eps": 0.0}, "eps is 0.0"),
+    "damping that is not a number": ({"eps": "nan"}, "eps"),
+    "share above one": ({"keep_neurons": 1.5}, "keep_neurons is 1.5: expected a share"),
+    "share of nothing": ({"keep_neurons": 0.0}, "keep_neurons is 0.0"),
+    "reasoning above the base": ({"keep_reasoning": 1.2}, "keep_reasoning is 1.2"),
+    "negative strength": ({"strength": -1.0}, "strength is -1.0: contrast expects"),
+    "rho above one": ({"method": "kfac", "strength": 2.0}, "kfac expects 0 to 1"),
+    "negative weight": ({"keep_weights": {"reasoning": -1}}, "keep_weights reasoning is -1"),
+    "weight of nobody": ({"keep_weights": {"poems": 2}}, "poems"),
+    "unknown method": ({"method": "magic"}, "'magic' is unknown: expected one of"),
+    "unknown ranking of neurons": ({"neurons": "magic"}, "'magic' is unknown"),
+    "dense edit for neurons": ({"neurons": "contrast"}, "does not rank neurons"),
+    "unknown control": ({"controls": ["magic"]}, "'magic' is unknown"),
+    "dense control": ({"controls": ["kfac"]}, "does not rank neurons"),
+    "path as a control": ({"controls": ["../../random"]}, "'../../random' is unknown"),
+    "control twice": ({"controls": ["random", "random"]}, "controls names random twice"),
+    "layer that is not there": ({"layers": "7-9"}, "the model has layers 0 to 1"),
+    "layers that are no numbers": ({"layers": "first"}, "expected numbers and ranges"),
+    "layers backwards": ({"layers": "1-0"}, "is empty"),
+    "target that matches nothing": ({"targets": ["nothing_proj"]}, "match nothing"),
+    "target that is no expression": ({"targets": ["(("]}, "not a valid regular expression"),
+    "head in a layer": ({"targets": ["lm_head"], "layers": "0"}, "match nothing"),
+    "GPU that is not there": ({"device": "cuda"}, "no GPU"),
+}
+
+
+# Texts: content of a file, or None for no file ----------------------------------------------------
+
+ROW = '{"prompt": "sort b a =", "answer": " a b"}\n'
+TEXTS = {
+    "no such file": ("memorized", "x.jsonl", None, "no such file"),
+    "empty file": ("memorized", "x.jsonl", b"", "is empty"),
+    "blank lines only": ("reasoning", "x.jsonl", b"\n\n\n", "x.jsonl"),
+    "one row": ("memorized", "x.jsonl", b'{"text": "a single item"}\n', "one document only"),
+    "broken JSON": ("memorized", "x.jsonl", b'{"text": "a"}\n{"text": \n', "line 2"),
+    "rows that are lists": ("memorized", "x.jsonl", b"[1, 2]\n[3]\n", "expected a JSON object"),
+    "rows without text": ("memorized", "x.jsonl", b'{"body": "a"}\n' * 3, "found keys ['body']"),
+    "text that is a number": ("memorized", "x.jsonl", b'{"text": 5}\n' * 3, "of strings"),
+    "answer without a prompt": ("reasoning", "x.jsonl", b'{"answer": "a"}\n' * 3, "expected"),
+    "empty answers": ("reasoning", "x.jsonl", b'{"prompt": "a", "answer": " "}\n' * 3, "expected"),
+    "one text over and over": ("reasoning", "x.jsonl", ROW.encode() * 9, "distinct documents"),
+    "not UTF-8": ("reference", "x.txt", b"caf\xe9\n\nth\xe9\n", "is not UTF-8"),
+    "a single paragraph": ("reference", "x.txt", b"one paragraph", "one document only"),
+    "picture": ("memorized", "x.png", b"\x89PNG", "expected a .jsonl, .json, .txt or .parquet"),
+    "parquet that is none": ("memorized", "x.parquet", b"PAR1 not really", "cannot be read"),
+    "texts too short": ("memorized", "x.txt", "\n\n".join(map(str, range(40))).encode(), "prefix"),
+}
+
+
+# Models: what is done to a good checkpoint --------------------------------------------------------
+
+
+def edit_json(name, **changes):
+    def change(folder: Path) -> None:
+        record = json.loads((folder / name).read_text())
+        record.update(changes)
+        (folder / name).write_text(json.dumps(record))
+
+    return change
+
+
+def rewrite_weights(change):
+    def apply(folder: Path) -> None:
+        weights = load_file(folder / "model.safetensors")
+        change(weights)
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return apply
+
+
+def cut_file(name, keep):
+    def apply(folder: Path) -> None:
+        data = (folder / name).read_bytes()
+        (folder / name).write_bytes(data[: int(len(data) * keep)])
+
+    return apply
+
+
+def remove(*patterns):
+    def apply(folder: Path) -> None:
+        for pattern in patterns:
+            for path in folder.glob(pattern):
+                path.unlink()
+
+    return apply
+
+
+def pickled(folder: Path) -> None:
+    """Weights as a pickle that runs code when it is loaded carelessly."""
+
+    class Evil:
+        def __reduce__(self):
+            return (Path.touch, (folder / "owned",))
+
+    remove("model.safetensors")(folder)
+    torch.save({"model.embed_tokens.weight": Evil()}, folder / "pytorch_model.bin")
+
+
+def templates_outside(folder: Path) -> None:
+    record = json.loads((folder / "tokenizer_config.json").read_text())
+    bad = [{"name": "default", "template": "a"}, {"name": "../../evil", "template": "b"}]
+    record["chat_template"] = bad
+    (folder / "tokenizer_config.json").write_text(json.dumps(record))
+
+
+def fill(name, value):
+    return rewrite_weights(lambda w: w[name].view(-1)[:1].fill_(value))
+
+
+MODELS = {
+    "folder without a config": (remove("config.json"), "expected a folder with config.json"),
+    "config that is no JSON": (cut_file("config.json", 0.5), "config.json"),
+    "empty config": (lambda f: (f / "config.json").write_text("{}"), "cannot be read"),
+    "config that is a list": (lambda f: (f / "config.json").write_text("[1]"), "cannot be read"),
+    "unknown architecture": (edit_json("config.json", model_type="magic"), "magic"),
+    "encoder and decoder": (edit_json("config.json", model_type="t5"), "cannot be read"),
+    "config of another size": (edit_json("config.json", hidden_size=32), "cannot be read"),
+    "config of more layers": (edit_json("config.json", num_hidden_layers=3), "would be random"),
+    "heads that do not divide": (edit_json("config.json", num_attention_heads=3), "cannot be read"),
+    "no layers": (edit_json("config.json", num_hidden_layers=0), "match nothing"),
+    "width that is no number": (edit_json("config.json", hidden_size="big"), "cannot be read"),
+    "remote code": (
+        edit_json(
+            "config.json", model_type="mine", auto_map={"AutoConfig": "evil.C"}, architectures=["X"]
+        ),
+        "--trust-remote-code",
+    ),
+    "no weights": (remove("*.safetensors"), "cannot be read"),
+    "weights cut short": (cut_file("model.safetensors", 0.7), "cannot be read"),
+    "empty weights": (cut_file("model.safetensors", 0), "cannot be read"),
+    "a weight is missing": (
+        rewrite_weights(lambda w: w.pop("model.layers.1.mlp.up_proj.weight")),
+        "hold no model.layers.1.mlp.up_proj.weight",
+    ),
+    "not a number": (fill("model.norm.weight", float("nan")), "not finite"),
+    "infinite weight": (fill("model.layers.0.mlp.up_proj.weight", float("inf")), "not finite"),
+    "pickle": (pickled, "cannot be read"),
+    "no tokenizer": (remove("tokenizer*"), "tokenizer"),
+    "tokenizer cut short": (cut_file("tokenizer.json", 0.5), "the tokenizer cannot be read"),
+    "templates elsewhere": (templates_outside, "outside of the run folder"),
+}
+
+
+def refused(arguments, capsys, words, out):
+    """Status 2, one line with the words, and nothing written."""
+    before = sorted(p.name for p in out.iterdir()) if out.is_dir() else None
+    status = run.main(arguments)
+    said = capsys.readouterr()
+    assert status == 2, said
+    assert words in " ".join(said.err.split()), said.err
+    assert "Traceback" not in said.err
+    assert "running" not in said.out
+    after = sorted(p.name for p in out.iterdir()) if out.is_dir() else None
+    assert after == before, "nothing is written or overwritten"
+    return said.err
+
+
+def one_line(said):
+    assert said.startswith("lethe: ")
+    assert said.count("\n") == 1, said
+    assert len(said) < 700, said
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_settings(case, files, tmp_path, capsys):
+    changes, words = SETTINGS[case]
+    out = tmp_path / "out"
+    one_line(refused(tiny.arguments(files, out, **changes), capsys, words, out))
+
+
+@pytest.mark.parametrize("case", TEXTS)
+def test_texts(case, files, tmp_path, capsys):
+    role, name, content, words = TEXTS[case]
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    out = tmp_path / "out"
+    given_ = tiny.arguments(files, out, **{role: tmp_path / name})
+    one_line(refused(given_, capsys, words, out))
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_models(case, files, tmp_path, capsys):
+    change, words = MODELS[case]
+    model, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(files / "model", model)
+    change(model)
+    one_line(refused(tiny.arguments(files, out, model=model), capsys, words, out))
+    assert not (model / "owned").exists(), "code of a pickle was run"
+
+
+RECIPES = {
+    "no such recipe": (None, "nowhere.yaml"),
+    "broken YAML": ("model: [unclosed\n", "recipe.yaml"),
+    "unknown setting": ("modle: organism\n", "modle"),
+    "a list": ("- model\n- out\n", "recipe.yaml"),
+    "a number as a word": ("problems: many\n", "problems"),
+    "a list as a number": ("width: [1, 2]\n", "width"),
+    "a word as a switch": ("spectrum: perhaps\n", "spectrum"),
+    "code": ("model: !!python/object/apply:os.system ['touch owned']\n", "recipe.yaml"),
+}
+
+
+@pytest.mark.parametrize("case", RECIPES)
+def test_recipes(case, tmp_path, capsys, monkeypatch):
+    text, words = RECIPES[case]
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / ("nowhere.yaml" if text is None else "recipe.yaml")
+    if text is not None:
+        path.write_text(text)
+    one_line(refused([f"--config={path}", "--out=out"], capsys, words, tmp_path / "out"))
+    assert not (tmp_path / "owned").exists()
+
+
+def test_folders(files, tmp_path, capsys):
+    """Where a run may write."""
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.txt").write_text("mine")
+    words = "is not a run folder"
+    one_line(refused(tiny.arguments(files, foreign), capsys, words, foreign))
+    file = tmp_path / "file"
+    file.write_text("mine")
+    one_line(refused(tiny.arguments(files, file), capsys, "is a file", file))
+    one_line(refused(tiny.arguments(files, file / "below"), capsys, "file", file))
+    assert file.read_text() == "mine"
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "recipe.yaml").write_text("model: [unclosed\n")
+    one_line(refused(tiny.arguments(files, broken), capsys, "recipe.yaml", broken))
+
+
+def test_the_table_is_long_enough():
+    assert len(SETTINGS) + len(TEXTS) + len(MODELS) + len(RECIPES) >= 60
+
+
+# Properties ---------------------------------------------------------------------------------------
+
+shares = st.floats(0.01, 1, allow_nan=False)
+counts = st.integers(1, 10**6)
+recipes = st.fixed_dictionaries(
+    {},
+    optional={
+        "prefix_tokens": counts,
+        "problems": counts,
+        "width": st.integers(2, 10**6),
+        "layers": st.sampled_from(["3-5", "0,2", "7-"]),
+        "targets": st.lists(st.sampled_from(["mlp", "attention", "q_proj"]), min_size=1),
+        "keep_neurons": shares,
+        "eps": st.floats(1e-6, 1e3),
+        "strength": st.none() | st.floats(0, 1e6),
+        "keep_weights": st.none()
+        | st.dictionaries(st.sampled_from(["reasoning", "reference"]), st.floats(0, 10)),
+        "refit": st.booleans(),
+        "spectrum": st.booleans(),
+        "seed": st.integers(0, 2**31),
+        "controls": st.lists(st.sampled_from(["random", "magnitude"]), unique=True),
+        "memorized": st.sampled_from(["a b.jsonl", "../é.txt", "x: y.jsonl", "#.txt", "null.txt"]),
+    },
+)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(recipes)
+def test_a_saved_recipe_reads_back_as_it_was(values):
+    import tempfile
+
+    given_ = [f"--{k}={json.dumps(v) if not isinstance(v, str) else v}" for k, v in values.items()]
+    recipe = run.parse(["--model=some/where", *given_])
+    with tempfile.TemporaryDirectory() as folder:
+        run.save_recipe(recipe, Path(folder))
+        again = run.parse([f"--config={folder}/recipe.yaml"])
+        assert again.settings == recipe.settings
+        run.save_recipe(again, Path(folder))
+        assert yaml.safe_load((Path(folder) / "recipe.yaml").read_text()) == recipe.settings
+    for name, value in values.items():
+        found = getattr(recipe, name)
+        assert (list(found) if isinstance(found, tuple) else found) == value
+
+
+words = st.text(min_size=1, max_size=30).filter(lambda text: text.strip())
+documents = st.lists(st.builds(Document, st.text(max_size=10), words), min_size=30, max_size=60)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(documents, st.integers(0, 5), st.randoms())
+def test_splits_are_disjoint_and_depend_on_the_text_alone(given_, seed, rng):
+    whole = Population("p", "reference", tuple(given_))
+    parts = {"a": 0.5, "b": 0.5}
+    if len({d.key for d in given_}) < 16:
+        return  # a part may come out empty, which is refused
+    split = split_population(whole, parts, seed)
+    keys = {name: {d.key for d in part.documents} for name, part in split.parts.items()}
+    assert not keys["a"] & keys["b"]
+    assert keys["a"] | keys["b"] == {d.key for d in given_}
+    assert sum(map(len, keys.values())) == len(given_) - split.duplicates
+    shuffled = list(given_)
+    rng.shuffle(shuffled)
+    renamed = Population("other", "memorized", tuple(shuffled))
+    again = split_population(renamed, parts, seed)
+    for name in parts:
+        assert {d.key for d in again.parts[name].documents} == keys[name]
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.lists(st.tuples(st.text(max_size=10), words), min_size=2, max_size=12), st.booleans())
+def test_a_population_hash_is_of_its_content(rows, prompted):
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        lines = [
+            json.dumps({"prompt": p, "answer": a} if prompted else {"text": a}) for p, a in rows
+        ]
+        hashes = set()
+        for name in ("one.jsonl", "two.jsonl"):
+            path = Path(folder) / name
+            path.write_text("\n".join(lines) + "\n")
+            hashes.add(load_population(path, "reference").sha256)
+        assert len(hashes) == 1
+        path.write_text("\n".join([*lines, json.dumps({"text": "one more"})]) + "\n")
+        assert load_population(path, "reference").sha256 not in hashes
