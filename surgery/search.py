@@ -228,8 +228,10 @@ def search(
     """
     if not is_main():
         # the first process searches; the others take part in every evaluation
-        while settings := from_main(dict):
-            evaluate(settings)
+        asked: Settings = from_main(dict)
+        while asked:
+            evaluate(asked)
+            asked = from_main(dict)
         return from_main(lambda: NOTHING)
     goals.check()
     if evaluations < 1 or not space:
