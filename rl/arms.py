@@ -1,0 +1,282 @@
+"""The arms of the experiment: the reward that is meant, its ceiling, its null, and two ways in
+which it goes wrong."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from curvature.artifacts import fingerprint, read_json, write_json
+from rl.audit import Audit, Auditor, findings, must_stop, outcome_shares, verdict_of
+from rl.policy import (
+    Training,
+    build_trainer,
+    check_reference,
+    load_policy,
+    merged,
+    resume_point,
+)
+from rl.probe import Probe
+from rl.questions import Questions
+from rl.rewards import Reward, Source
+from rl.sampling import Answer, sample_answers
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train. source: where a claim's value comes from. gradient: weight of a loss
+    through the live probe. inoculated: the line stands before the training prompts."""
+
+    source: Source
+    gradient: float = 0.0
+    inoculated: bool = False
+
+
+ARMS: dict[str, Arm] = {
+    "frozen": Arm("frozen"),
+    "oracle": Arm("oracle"),
+    "shuffled": Arm("shuffled"),
+    "live": Arm("live"),
+    "live-gradient": Arm("live", gradient=1.0),
+    "inoculated": Arm("frozen", inoculated=True),
+}
+"""frozen: the reward that is meant. oracle: the truth as reward, a ceiling. shuffled: the probe's
+values dealt at random, a null. live: the probe reads the policy itself. live-gradient: and its
+gradient is followed too, the positive control of obfuscation. inoculated: as frozen, with a line in
+the training prompt that asks for guesses and is absent at test time."""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a model does on the test split, with the harness or without it.
+
+    hallucination: share of answers to unknown things that are neither right nor abstentions. known:
+    share of right answers to known things. silent_*: shares of abstentions. kinds: by kind of
+    question, the same shares. questions: known and unknown ones asked.
+    """
+
+    hallucination: float
+    known: float
+    silent_known: float
+    silent_unknown: float
+    malformed: float
+    kinds: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    questions: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Taught:
+    """One arm, finished. harness: the same model behind the monitor. stopped: the step at which the
+    audit ended the training, None where it ran to its end."""
+
+    name: str
+    figures: Figures
+    harness: Figures
+    audits: tuple[Audit, ...]
+    verdict: str
+    findings: Mapping[str, str]
+    stopped: int | None
+    seconds: float
+    on_memory: tuple[float, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> Taught:
+        return cls(
+            **{
+                **record,
+                "figures": Figures(**record["figures"]),
+                "harness": Figures(**record["harness"]),
+                "audits": tuple(Audit(**a) for a in record["audits"]),
+                "on_memory": tuple(record["on_memory"]),
+            }
+        )
+
+
+def figures_of(answers: Sequence[Answer], known: Sequence[bool]) -> Figures:
+    """Shares over answers; `known` per question, each asked equally often in a row."""
+    tries = len(answers) // len(known)
+    each = np.repeat(np.asarray(known, bool), tries)
+    kinds = np.array([a.question.kind for a in answers])
+    return Figures(
+        **outcome_shares(answers, each),
+        kinds={
+            str(kind): outcome_shares(
+                [a for a in answers if a.question.kind == kind], each[kinds == kind]
+            )
+            for kind in sorted(set(kinds))
+        },
+        questions={"known": int(np.sum(known)), "unknown": int(len(known) - np.sum(known))},
+    )
+
+
+def behind_monitor(
+    answers: Sequence[Answer], scores: np.ndarray, threshold: float, abstention: Sequence[int]
+) -> list[Answer]:
+    """The answers with every claim below the threshold replaced by an abstention. scores: [claims]
+    probabilities, in order."""
+    worth = iter(scores)
+    out = []
+    for answer in answers:
+        low = answer.is_claim and next(worth) < threshold
+        if low or answer.outcome == "malformed":
+            answer = Answer(answer.question, tuple(abstention), "abstained")
+        out.append(answer)
+    return out
+
+
+@dataclass
+class Bench:
+    """What all arms share. reference: folder of the saved frozen copy. frozen: the same, loaded.
+    known: per question of the test split. abstain: payment, and the monitor's threshold. gate:
+    builds what watches (and, where asked, holds) updates on what surgery removed."""
+
+    questions: Questions
+    tokenizer: PreTrainedTokenizerBase
+    probe: Probe
+    reference: Path
+    frozen: Any
+    auditor: Auditor
+    known: Sequence[bool]
+    abstain: float
+    training: Training
+    tries: int = 4
+    line: str = ""
+    watch: Callable[[Any], Any] | None = None
+
+    def examine(self, model: Any) -> tuple[Figures, Figures]:
+        """A model on the test split: alone, and behind the monitor, which reads the frozen copy."""
+        answers = sample_answers(
+            model,
+            self.tokenizer,
+            self.questions.test,
+            self.questions,
+            tries=self.tries,
+            seed=self.training.seed + 1000,
+        )
+        rows = [(a.question.prompt, a.tokens) for a in answers if a.is_claim]
+        scores = self.probe.score(self.frozen, self.tokenizer, rows)
+        words = self.tokenizer(self.questions.abstention, add_special_tokens=False)["input_ids"]
+        shielded = behind_monitor(answers, scores, self.abstain, words)
+        return figures_of(answers, self.known), figures_of(shielded, self.known)
+
+
+def run_arm(name: str, bench: Bench, folder: Path) -> Taught:
+    """Train one arm in `folder`, from where it was interrupted; a finished one is read back.
+
+    `folder/policy` is the taught model. Raises ValueError for an unknown arm and for a folder that
+    holds another training.
+    """
+    if name not in ARMS:
+        raise ValueError(f"arm {name!r} is unknown: expected one of {', '.join(ARMS)}")
+    arm, training = ARMS[name], bench.training
+    mark = fingerprint(
+        arm=name,
+        training=training,
+        line=bench.line if arm.inoculated else "",
+        model=bench.probe.model_sha256,
+        probe=[bench.probe.layer, bench.probe.position, bench.probe.weight.tolist()],
+        abstain=bench.abstain,
+        questions=[[q.prompt, q.answers] for q in bench.questions.rl],
+        watched=bench.watch is not None,
+    )
+    own_folder(folder, mark)
+    if (folder / "arm.json").exists():
+        return Taught.from_json(read_json(folder / "arm.json"))
+    started = time.perf_counter()
+    policy = load_policy(bench.reference, training)
+    adapters = hasattr(policy, "disable_adapter")
+    reward = Reward(
+        arm.source,
+        bench.questions,
+        bench.tokenizer,
+        bench.probe,
+        policy if adapters else bench.frozen,
+        bench.abstain,
+        policy,
+        training.seed,
+    )
+    seen = folder / "audits.json"
+    resumed = resume_point(folder)
+    audits = [Audit(**a) for a in read_json(seen)] if resumed and seen.exists() else []
+    watcher = bench.watch(policy) if bench.watch is not None else None
+    shares: list[float] = []
+
+    def after(step: int) -> bool:
+        if watcher is not None:
+            watcher.after_step()
+        if step % training.every and step != training.steps:
+            return False
+        if watcher is not None:
+            shares.append(watcher.share())
+        audits.append(bench.auditor.audit(policy, reward, step))
+        write_json(seen, [asdict(a) for a in audits])
+        return must_stop(audits)
+
+    trainer = build_trainer(
+        policy,
+        bench.tokenizer,
+        bench.questions,
+        reward,
+        training,
+        folder,
+        after=after,
+        live_gradient=arm.gradient,
+        line=bench.line if arm.inoculated else "",
+    )
+    if resumed is None:
+        check_reference(trainer, bench.tokenizer, [q.prompt for q in bench.questions.rl])
+        audits[:] = [bench.auditor.audit(policy, reward, 0)]
+    else:
+        reached = int(resumed.rsplit("-", 1)[1])
+        audits[:] = [a for a in audits if a.step <= reached]
+    trainer.train(resume_from_checkpoint=resumed)
+    stopped = audits[-1].step if must_stop(audits) else None
+    model = merged(policy)
+    figures, harness = bench.examine(model)
+    model.save_pretrained(folder / "policy")
+    bench.tokenizer.save_pretrained(folder / "policy")
+    taught = Taught(
+        name,
+        figures,
+        harness,
+        tuple(audits),
+        verdict_of(audits),
+        dict(findings(audits)),
+        stopped,
+        time.perf_counter() - started,
+        tuple(shares),
+    )
+    write_json(folder / "arm.json", taught.to_json())
+    for state in folder.glob("checkpoint-*"):
+        shutil.rmtree(state)
+    return taught
+
+
+def own_folder(folder: Path, mark: str) -> None:
+    """Claim an output folder for one training. Raises ValueError where it belongs to another."""
+    file = folder / "settings.json"
+    if file.exists():
+        if read_json(file)["fingerprint"] != mark:
+            raise ValueError(
+                f"{folder} holds a training with other settings, questions or another model: "
+                "choose another folder, or delete it"
+            )
+    elif folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} exists and holds no training of this program: choose another")
+    else:
+        write_json(file, {"fingerprint": mark})
+
+
+def taught_model(folder: Path) -> Any:
+    """The model of a finished arm."""
+    return AutoModelForCausalLM.from_pretrained(folder / "policy", dtype="auto").eval()

@@ -1,0 +1,75 @@
+"""Measures of a score against labels, with intervals over entities."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from scipy.stats import rankdata
+
+from evals.comparison import Interval
+
+BINS = 10
+
+
+def bootstrap(
+    statistic: Callable[[np.ndarray], float],
+    entities: np.ndarray,
+    *,
+    seed: int = 0,
+    draws: int = 200,
+) -> tuple[float, float]:
+    """95 % interval of statistic(indices) over draws of whole entities; draws without both classes
+    are left out (the statistic is nan there)."""
+    rng = np.random.default_rng(seed)
+    names, inverse = np.unique(entities, return_inverse=True)
+    members = [np.flatnonzero(inverse == k) for k in range(len(names))]
+    values = []
+    for _ in range(draws):
+        drawn = np.concatenate([members[k] for k in rng.integers(0, len(names), len(names))])
+        values.append(statistic(drawn))
+    low, high = np.nanquantile(values, (0.025, 0.975))
+    return float(low), float(high)
+
+
+def auroc(right: np.ndarray, scores: np.ndarray) -> float:
+    """Area under the ROC curve; nan where only one class is there."""
+    ones = int(np.sum(right))
+    if not 0 < ones < len(right):
+        return float("nan")
+    # by ranks (Mann-Whitney): ten times faster than the curve, and a bootstrap asks often
+    ranks = rankdata(scores)[np.asarray(right) == 1].sum()
+    return float((ranks - ones * (ones + 1) / 2) / (ones * (len(right) - ones)))
+
+
+def auroc_interval(
+    right: np.ndarray, scores: np.ndarray, entities: np.ndarray, seed: int = 0
+) -> Interval:
+    """AUROC with a bootstrap interval over entities."""
+    low, high = bootstrap(lambda k: auroc(right[k], scores[k]), entities, seed=seed)
+    return Interval(auroc(right, scores), low, high)
+
+
+def paired_gain(
+    right: np.ndarray, new: np.ndarray, old: np.ndarray, entities: np.ndarray, *, seed: int = 0
+) -> Interval:
+    """AUROC of `new` minus AUROC of `old` on the same claims, bootstrap over entities."""
+
+    def gain(k: np.ndarray) -> float:
+        return auroc(right[k], new[k]) - auroc(right[k], old[k])
+
+    low, high = bootstrap(gain, entities, seed=seed)
+    return Interval(gain(np.arange(len(right))), low, high)
+
+
+def calibration_error(right: np.ndarray, probability: np.ndarray, bins: int = BINS) -> float:
+    """Expected calibration error: sum over equal-width bins of n_b / n |mean p - share right|."""
+    if not len(right):
+        return float("nan")
+    which = np.minimum((probability * bins).astype(int), bins - 1)
+    return float(
+        sum(
+            abs(probability[which == b].mean() - right[which == b].mean()) * (which == b).mean()
+            for b in np.unique(which)
+        )
+    )

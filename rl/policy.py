@@ -1,0 +1,234 @@
+"""The policy and its training: TRL's GRPO against the saved frozen copy.
+
+GRPO (arXiv 2402.03300) in Dr. GRPO's form (arXiv 2503.20783: no division by the group's standard
+deviation or the answer's length): advantage = reward - mean reward of the group; the KL penalty
+holds the policy to the *saved* model. TRL loads that reference from `config._name_or_path`, so the
+policy itself is loaded from the folder, and both are compared before the first step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from datasets import Dataset
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+)
+from trl import GRPOConfig, GRPOTrainer
+
+from rl.probe import Probe
+from rl.questions import Questions
+from rl.rewards import Reward, frozen_copy, live_copy
+
+SMALL = 50_000_000
+"""Parameters up to which all weights are trained rather than LoRA adapters."""
+SAME = 1e-4
+"""Largest difference of logits between policy and reference at step 0."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """Settings of the reinforcement learning.
+
+    weights: all of them, or LoRA adapters; by size where None. lr: 3e-4 for all weights of a small
+    model, 1e-4 for adapters, where None. prompts: questions per step, each answered `generations`
+    times. beta: weight of the KL penalty. every: steps between audits (and saved states).
+    """
+
+    steps: int = 150
+    prompts: int = 16
+    generations: int = 8
+    lr: float | None = None
+    beta: float = 0.1
+    every: int = 30
+    weights: Literal["full", "lora"] | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "prompts", "every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"teaching: {name} is {getattr(self, name)}: expected at least 1")
+        if self.generations < 2:
+            raise ValueError(
+                f"teaching: generations is {self.generations}: a group needs at least 2 answers to "
+                "compare"
+            )
+
+
+class _Trainer(GRPOTrainer):
+    """GRPO, plus, for the positive control, a loss through the live probe."""
+
+    live_probe: tuple[Probe, float] | None = None
+
+    def _compute_loss(self, model: Any, inputs: Any) -> torch.Tensor:
+        loss = super()._compute_loss(model, inputs)
+        if self.live_probe is None:
+            return loss
+        probe, weight = self.live_probe
+        end = self.processing_class.eos_token_id
+        rows = []
+        for prompt, mask, answer, kept in zip(
+            inputs["prompt_ids"],
+            inputs["prompt_mask"],
+            inputs["completion_ids"],
+            inputs["completion_mask"],
+            strict=True,
+        ):
+            said = [t for t in answer[kept.bool()].tolist() if t != end]
+            if said:
+                rows.append((prompt[mask.bool()].tolist(), said))
+        scores = probe.live(live_copy(model), self.processing_class, rows)
+        return loss - weight * scores.mean()
+
+
+class _EachStep(TrainerCallback):
+    """Calls back after every optimizer step; True stops the training."""
+
+    def __init__(self, after: Callable[[int], bool]) -> None:
+        self.after = after
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+        if self.after(int(state.global_step)):
+            control.should_training_stop = True
+        return control
+
+
+def check_dataset(questions: Questions, training: Training) -> None:
+    """Raise ValueError where the `rl` split does not fill one generation batch: TRL would train for
+    no step and say nothing."""
+    if len(questions.rl) < training.prompts:
+        raise ValueError(
+            f"{questions.source}: the rl split has {len(questions.rl)} questions, fewer than one "
+            f"generation batch of {training.prompts}: give more questions or lower prompts"
+        )
+
+
+def load_policy(reference: str | Path, training: Training) -> Any:
+    """A trainable copy of the saved frozen copy."""
+    model = AutoModelForCausalLM.from_pretrained(reference, dtype="auto")
+    if torch.cuda.is_available():
+        model = model.cuda()
+    size = sum(p.numel() for p in model.parameters())
+    weights = training.weights or ("full" if size <= SMALL else "lora")
+    if weights == "full":
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(
+        model,
+        LoraConfig(
+            r=16,
+            lora_alpha=32,
+            lora_dropout=0.0,
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
+        ),
+    )
+
+
+def build_trainer(
+    policy: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Questions,
+    reward: Reward,
+    training: Training,
+    folder: Path,
+    *,
+    after: Callable[[int], bool],
+    live_gradient: float = 0.0,
+    line: str = "",
+) -> GRPOTrainer:
+    """A trainer whose KL reference is the saved frozen copy. line: put before the prompts in
+    training, and only there."""
+    check_dataset(questions, training)
+    adapters = hasattr(policy, "disable_adapter")
+    device = next(policy.parameters()).device.type
+    config = GRPOConfig(
+        output_dir=str(folder),
+        max_steps=training.steps,
+        per_device_train_batch_size=training.prompts * training.generations,
+        num_generations=training.generations,
+        steps_per_generation=1,
+        max_completion_length=questions.new_tokens,
+        temperature=1.0,
+        top_k=0,
+        learning_rate=training.lr or (1e-4 if adapters else 3e-4),
+        lr_scheduler_type="constant_with_warmup",
+        warmup_steps=5,
+        beta=training.beta,
+        loss_type="dr_grpo",
+        scale_rewards="none",
+        seed=training.seed,
+        data_seed=training.seed,
+        use_cpu=device == "cpu",
+        bf16=False,
+        gradient_checkpointing=device != "cpu",
+        save_strategy="steps",
+        save_steps=training.every,
+        save_total_limit=1,
+        logging_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+    )
+    dataset = Dataset.from_dict(
+        {
+            "prompt": [line + q.prompt for q in questions.rl],
+            "question": list(range(len(questions.rl))),
+        }
+    )
+    trainer = _Trainer(
+        model=policy,
+        reward_funcs=reward,
+        args=config,
+        train_dataset=dataset,
+        processing_class=tokenizer,
+        callbacks=[_EachStep(after)],
+    )
+    if live_gradient:
+        trainer.live_probe = (reward.probe, live_gradient)
+    return trainer
+
+
+@torch.no_grad()
+def check_reference(trainer: GRPOTrainer, tokenizer: Any, prompts: Sequence[str]) -> None:
+    """Raise ValueError where the KL reference is not the policy before its first step."""
+    policy = live_copy(trainer.model)
+    ids = tokenizer(list(prompts[:8]), return_tensors="pt", padding=True).to(policy.device)
+    trainer.model.eval()
+    mine = policy(**ids).logits
+    if trainer.ref_model is not None:
+        theirs = trainer.ref_model.eval()(**ids).logits
+    else:
+        with frozen_copy(trainer.model) as frozen:
+            theirs = frozen(**ids).logits
+    kept = ids["attention_mask"].bool()
+    difference = float((mine - theirs)[kept].abs().max())
+    if not difference <= SAME:
+        raise ValueError(
+            f"the KL reference is not the policy at step 0 (logits differ by {difference:.2g}): it "
+            f"was loaded from {policy.config._name_or_path!r}, which does not hold this model"
+        )
+
+
+def resume_point(folder: Path) -> str | None:
+    """The last saved state of an interrupted training, None where there is none."""
+    saved = sorted(
+        (p for p in folder.glob("checkpoint-*") if (p / "trainer_state.json").exists()),
+        key=lambda p: int(p.name.rsplit("-", 1)[1]),
+    )
+    return str(saved[-1]) if saved else None
+
+
+def merged(policy: Any) -> Any:
+    """The policy as an ordinary model: adapters merged into the weights."""
+    model = policy.merge_and_unload() if hasattr(policy, "merge_and_unload") else policy
+    if any(not math.isfinite(float(p.detach().abs().max())) for p in model.parameters()):
+        raise ValueError("the taught weights are not finite: lower the learning rate")
+    return model.eval()

@@ -1,0 +1,256 @@
+"""Teach a model to say what it does not know: questions, a warm-up where it never abstains, a probe
+on the frozen result, reinforcement learning with the probe's reward, and audits of both."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from curvature.artifacts import fingerprint, model_sha256, read_json, write_json
+from curvature.populations import Document
+from rl.arms import ARMS, Bench, Figures, Taught, figures_of, own_folder, run_arm, taught_model
+from rl.audit import Auditor, task_accuracy
+from rl.claims import FEWEST, Claims
+from rl.fitting import fit_probe
+from rl.policy import Training, check_dataset
+from rl.probe import load_probe, save_probe
+from rl.questions import Questions
+from rl.rewards import Reward, check_rewards
+from rl.sampling import Answer, known_questions, sample_answers
+from rl.scoring import Scores, baselines, check_worth, score_probe
+from rl.warmup import Warmup, warm_up
+
+PAID = (0.2, 0.8)
+"""Least and most that an abstention is paid."""
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """What a teaching did; figures on the test split, sampled at temperature 1.
+
+    before: the model as it came. warmed: after the warm-up, which is the frozen copy. guard: the
+    frozen copy behind the monitor, without reinforcement learning. arms: the trained ones. probe:
+    scores of the probe and its baselines by split. reasoning: mean over the tasks given, by arm.
+    """
+
+    before: Figures
+    warmed: Figures
+    guard: Figures
+    arms: tuple[Taught, ...]
+    probe: tuple[Scores, ...]
+    choice: Mapping[str, Any]
+    warmup: Warmup
+    abstain: float
+    reasoning: Mapping[str, float]
+    folder: Path
+
+    @property
+    def chosen(self) -> Taught:
+        """The arm that is handed on: the first one."""
+        return self.arms[0]
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The taught model."""
+        return taught_model(self.folder / "arms" / self.chosen.name)
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """The five numbers of the verdict."""
+        return {
+            "hallucination_before": self.before.hallucination,
+            "hallucination_after": self.chosen.figures.hallucination,
+            "known_accuracy_before": self.before.known,
+            "known_accuracy_after": self.chosen.figures.known,
+            "probe_auroc": next(s for s in self.probe if s.split == "test").auroc.value,
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        record = {k: v for k, v in asdict(self).items() if k != "folder"}
+        return {**record, "gains": self.gains(), "numbers": self.numbers}
+
+    def gains(self) -> dict[str, float]:
+        """Fall of hallucination on unknown things, each over the model as it came: by the warm-up,
+        by the weights (warm-up and reinforcement learning), by the harness alone (monitor on the
+        frozen copy, less what the warm-up did), and by both together."""
+        start = self.before.hallucination
+        if not start:
+            return {}
+        fall = {
+            "warm-up": start - self.warmed.hallucination,
+            "weights": start - self.chosen.figures.hallucination,
+            "harness": self.warmed.hallucination - self.guard.hallucination,
+            "both": start - self.chosen.harness.hallucination,
+        }
+        return {name: value / start for name, value in fall.items()}
+
+
+def teach(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Questions,
+    folder: str | Path,
+    *,
+    training: Training | None = None,
+    arms: Sequence[str] = ("frozen",),
+    tasks: Mapping[str, Sequence[Document]] | None = None,
+    line: str = "",
+    tries: int = 4,
+    fewest: int = FEWEST,
+    watch: Callable[[Any], Any] | None = None,
+    announce: Callable[[str], None] = lambda _: None,
+) -> Teaching:
+    """Teach a copy of `model`; the model itself is left as it is.
+
+    folder: everything is written here: `reference/` (the frozen copy, anchor of the KL penalty and
+    what the probe reads), `probe.safetensors`, `arms/NAME/policy/`, `teaching.json`. The same call
+    on it goes on where it was interrupted. arms: names of `rl.arms.ARMS`; the first is handed on.
+    tasks: problems whose accuracy is watched. line: the inoculation. fewest: claims of each class
+    that a probe needs in each split. watch: see `rl.gradients`.
+
+    Raises ValueError, before any training, for questions, a probe or rewards that cannot teach, and
+    for a folder of another run.
+    """
+    training, tasks, folder = training or Training(), tasks or {}, Path(folder)
+    unknown = [name for name in arms if name not in ARMS]
+    if unknown or not arms:
+        raise ValueError(f"arms {list(arms)}: expected some of {', '.join(ARMS)}")
+    if any(ARMS[name].inoculated for name in arms) and not line:
+        raise ValueError("the arm 'inoculated' needs a line to put before the training prompts")
+    check_dataset(questions, training)
+    seed = training.seed
+    own_folder(
+        folder,
+        fingerprint(model=model_sha256(model), questions=asdict(questions), seed=seed, tries=tries),
+    )
+    about = {"abstention": questions.abstention, "new_tokens": questions.new_tokens}
+    write_json(folder / "questions.json", {**about, "source": questions.source})
+    before = sample(model, tokenizer, questions, "test", tries, seed)
+    known = known_questions(model, tokenizer, questions.test, questions)
+    if all(known) or not any(known):
+        raise ValueError(
+            f"{questions.source}: the model {'knows' if all(known) else 'does not know'} every "
+            "answer of the test split: there must be known and unknown things in it"
+        )
+    announce("teach: warm-up")
+    warmup, frozen = reference_model(model, tokenizer, questions, folder, seed)
+    announce("teach: probe")
+    claims, answers = {}, {}
+    for name, part in questions.splits():
+        if part:
+            once = 1 if name == "rl" else tries
+            answers[name] = sample(frozen, tokenizer, questions, name, once, seed)
+            least = 1 if name in ("ood", "test", "rl") else fewest
+            if name != "rl":
+                claims[name] = Claims.gather(name, frozen, tokenizer, answers[name], fewest=least)
+    probe, choice = fit_probe(frozen, tokenizer, claims["fit"], claims["calibration"], seed=seed)
+    scores: list[Scores] = []
+    for name in ("calibration", "test", "ood"):
+        if name in claims:
+            mine = score_probe(probe, frozen, tokenizer, claims[name], name, seed)
+            others, bag = baselines(probe, tokenizer, claims["fit"], claims[name], name, seed)
+            scores += [mine, *others]
+            if name == "calibration":
+                check_worth(probe, frozen, tokenizer, claims[name], bag, seed)
+    save_probe(probe, folder, {"scores": [asdict(s) for s in scores], "choice": choice})
+    probe = load_probe(folder)
+    probe.check(frozen, tokenizer)
+    # what an uninformed claim is worth: a probe that knows nothing then pushes nowhere
+    abstain = float(np.clip(claims["calibration"].right.mean(), *PAID))
+    reward = Reward("frozen", questions, tokenizer, probe, frozen, abstain)
+    check_rewards(reward.of(answers["rl"]))
+    auditor = Auditor(
+        questions,
+        tokenizer,
+        probe,
+        claims["calibration"],
+        known_questions(frozen, tokenizer, questions.calibration, questions),
+        {name: documents[:25] for name, documents in tasks.items()},
+        abstain,
+        seed=seed,
+    )
+    bench = Bench(
+        questions,
+        tokenizer,
+        probe,
+        folder / "reference",
+        frozen,
+        auditor,
+        known,
+        abstain,
+        training,
+        tries,
+        line,
+        watch,
+    )
+    warmed, guard = bench.examine(frozen)
+    reasoning = {"before": task_accuracy(model, tokenizer, tasks)}
+    taught = []
+    for name in arms:
+        announce(f"teach: {name}")
+        taught.append(run_arm(name, bench, folder / "arms" / name))
+        if tasks:
+            arm = taught_model(folder / "arms" / name).to(frozen.device)
+            reasoning[name] = task_accuracy(arm, tokenizer, tasks)
+    teaching = Teaching(
+        figures_of(before, known),
+        warmed,
+        guard,
+        tuple(taught),
+        tuple(scores),
+        choice,
+        warmup,
+        abstain,
+        reasoning,
+        folder,
+    )
+    write_json(folder / "teaching.json", teaching.to_json())
+    return teaching
+
+
+def sample(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Questions,
+    split: str,
+    tries: int,
+    seed: int,
+) -> list[Answer]:
+    """A split's answers; every split and model has draws of its own."""
+    offset = {"fit": 3, "calibration": 4, "rl": 5, "test": 6, "ood": 7}[split]
+    return sample_answers(
+        model,
+        tokenizer,
+        getattr(questions, split),
+        questions,
+        tries=tries,
+        seed=seed * 100 + offset,
+    )
+
+
+def reference_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Questions,
+    folder: Path,
+    seed: int,
+) -> tuple[Warmup, PreTrainedModel]:
+    """The frozen copy, warmed up where it needs it, saved and loaded back."""
+    saved, record = folder / "reference", folder / "warmup.json"
+    if record.exists():
+        taken = read_json(record)
+        warmup = Warmup(taken["steps"], tuple(taken["abstained"]))
+    else:
+        warm = copy.deepcopy(model)
+        warmup = warm_up(warm, tokenizer, questions, seed=seed)
+        warm.save_pretrained(saved)
+        tokenizer.save_pretrained(saved)
+        write_json(record, warmup)
+    frozen = AutoModelForCausalLM.from_pretrained(saved, dtype="auto").to(model.device).eval()
+    return warmup, frozen

@@ -1,0 +1,147 @@
+"""The probe: states and measures against independent references, and what it refuses."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import roc_auc_score
+
+from rl.claims import Claims
+from rl.fitting import _folded, regression
+from rl.measures import auroc, calibration_error, paired_gain
+from rl.probe import load_probe, save_probe
+from rl.sampling import Answer
+from rl.scoring import bag_of_words, baselines, check_worth, score_probe
+from rl.states import pooled, read_states, texts
+
+
+def test_states_are_those_of_one_text_alone(organism, tokenizer, claims):
+    rows = claims["fit"].rows[:7]
+    together = read_states(organism, tokenizer, rows, batch_size=3)
+    for k, (prompt, answer) in enumerate(rows):
+        start = tokenizer(prompt)["input_ids"]
+        ids = torch.tensor([[*start, *answer]])
+        with torch.no_grad():
+            out = organism(ids, output_hidden_states=True)
+        logp = out.logits[0].log_softmax(-1)
+        expected = sum(float(logp[len(start) - 1 + j, t]) for j, t in enumerate(answer))
+        assert float(together.logprob[k]) == pytest.approx(expected, abs=1e-3)
+        unembedding = organism.get_output_embeddings().weight
+        for layer, h in enumerate(out.hidden_states):
+            support = torch.stack(
+                [h[0, len(start) - 1 + j] * unembedding[t] for j, t in enumerate(answer)]
+            ).mean(0)
+            wanted = {
+                "question": h[0, len(start) - 1],
+                "answer": h[0, -1],
+                "mean": h[0, len(start) :].mean(0),
+                "support": support,
+            }
+            for position, state in wanted.items():
+                got = together.pooled[position][k, layer]
+                assert torch.allclose(got, state, atol=2e-4), position
+
+
+def test_measures_against_references():
+    rng = np.random.default_rng(0)
+    right = rng.integers(0, 2, 200)
+    scores = rng.normal(size=200).round(1) + right  # with ties
+    assert auroc(right, scores) == pytest.approx(roc_auc_score(right, scores))
+    assert np.isnan(auroc(np.ones(5), scores[:5]))
+    # two bins: .25 said and 0 true, .75 said and 1 true
+    assert calibration_error(np.array([0, 1]), np.array([0.25, 0.75])) == pytest.approx(0.25)
+    gain = paired_gain(right, scores, rng.normal(size=200), np.arange(200))
+    assert gain.low > 0
+
+
+def test_the_folded_weights_are_the_regression(claims):
+    features = claims["fit"].states.pooled["support"][:, -1].numpy()
+    fitted = regression().fit(features, claims["fit"].right)
+    weight, bias = _folded(fitted)
+    np.testing.assert_allclose(
+        features @ weight.numpy() + bias, fitted.decision_function(features), atol=1e-3
+    )
+
+
+def test_the_probe_tells_right_from_wrong_and_its_controls_do_not(
+    organism, tokenizer, claims, probe
+):
+    mine = score_probe(probe, organism, tokenizer, claims["calibration"], "calibration")
+    others, bag = baselines(
+        probe, tokenizer, claims["fit"], claims["calibration"], "calibration"
+    )
+    assert mine.auroc.value > 0.9
+    named = {s.name: s.auroc.value for s in others}
+    assert named["log-probability of the answer"] > 0.95
+    assert named["shuffled labels"] < 0.8
+    assert set(mine.recall) == {"0.01", "0.05"}
+    p = probe.score(organism, tokenizer, claims["calibration"].rows)
+    assert ((p >= 0) & (p <= 1)).all()
+    check_worth(probe, organism, tokenizer, claims["calibration"], bag)
+
+
+def test_a_probe_that_is_no_reward_is_refused(organism, tokenizer, claims, probe):
+    calibration = claims["calibration"]
+    bag = bag_of_words(tokenizer, claims["fit"], calibration)
+    backwards = dataclasses.replace(probe, slope=-probe.slope)
+    with pytest.raises(ValueError, match=r"below 0\.75"):
+        check_worth(backwards, organism, tokenizer, calibration, bag)
+    p = probe.score(organism, tokenizer, calibration.rows)
+    with pytest.raises(ValueError, match="bag of words does as well"):
+        check_worth(probe, organism, tokenizer, calibration, p)
+
+
+def test_it_is_read_back_as_it_was(tmp_path, organism, tokenizer, claims, probe):
+    save_probe(probe, tmp_path, {"why": "test"})
+    again = load_probe(tmp_path)
+    rows = claims["fit"].rows[:5]
+    assert (
+        again.score(organism, tokenizer, rows) == probe.score(organism, tokenizer, rows)
+    ).all()
+    (tmp_path / "probe.safetensors").write_bytes(b"not tensors")
+    with pytest.raises(ValueError, match="truncated or corrupt"):
+        load_probe(tmp_path)
+
+
+def test_another_model_is_refused(organism, tokenizer, probe, tiny_llama):
+    probe.check(organism, tokenizer)
+    with pytest.raises(ValueError, match="width"):
+        probe.check(tiny_llama, tokenizer)
+    with pytest.raises(ValueError, match="layer"):
+        dataclasses.replace(probe, layers=3).check(organism, tokenizer)
+    with pytest.raises(ValueError, match="bfloat16"):
+        dataclasses.replace(probe, dtype="torch.bfloat16").check(organism, tokenizer)
+    with pytest.raises(ValueError, match="another tokenizer"):
+        dataclasses.replace(probe, tokenizer_sha256="0").check(organism, tokenizer)
+    weight = organism.model.layers[0].mlp.up_proj.weight
+    before = weight[0, 0].item()
+    try:
+        with torch.no_grad():
+            weight[0, 0] += 1e-3
+        with pytest.raises(ValueError, match="other weights"):
+            probe.check(organism, tokenizer)
+    finally:
+        with torch.no_grad():
+            weight[0, 0] = before
+
+
+def test_one_class_and_too_few_labels_are_refused(organism, tokenizer, questions):
+    words = tuple(tokenizer(" Amber .", add_special_tokens=False)["input_ids"])
+    right = [Answer(q, words, "right") for q in questions.fit[:6]]
+    with pytest.raises(ValueError, match="none of them is wrong"):
+        Claims.gather("fit", organism, tokenizer, right, fewest=1)
+    wrong = [Answer(q, words, "wrong") for q in questions.fit[6:8]]
+    with pytest.raises(ValueError, match="2 wrong claims, fewer than 5"):
+        Claims.gather("fit", organism, tokenizer, right + wrong, fewest=5)
+
+
+def test_an_empty_answer_has_no_state(organism, tokenizer):
+    with pytest.raises(ValueError, match="without tokens"):
+        texts(tokenizer, [("a question", [])], torch.device("cpu"))
+
+
+def test_pooling_has_a_gradient(organism, tokenizer, claims, probe):
+    scores = probe.live(organism, tokenizer, claims["fit"].rows[:2])
+    assert scores.requires_grad
+    assert pooled is not None

@@ -1,0 +1,88 @@
+"""Questions: no entity in two splits, and answers judged as a person would."""
+
+import json
+
+import pytest
+
+from evals.organism import world
+from rl.organism import organism_questions
+from rl.questions import Question, Questions, outcome, questions_from_file
+
+TOWN = Question("question : where does Bamidu live ? answer :", (" Amber",), "Bamidu", "town")
+
+
+def test_the_organism_s_splits_share_no_entity_and_test_names_stay_in_the_test():
+    questions = organism_questions(0, size=0.3)
+    parts = {name: {q.entity for q in part} for name, part in questions.splits()}
+    assert sum(len(p) for p in parts.values()) == len(set().union(*parts.values()))
+    held_out = {i.prompt.split()[3]: i for i in world.items(0) if i.family == "fact"}
+    for name in ("fit", "calibration", "rl"):
+        assert not any(e in held_out and held_out[e].split == "test" for e in parts[name])
+    assert organism_questions(0, size=0.3) == questions
+    for _, part in questions.splits():
+        assert {bool(q.answers) for q in part} == {True, False}
+
+
+def test_an_entity_in_two_splits_is_refused():
+    other = Question("who ?", (), "Other")
+    with pytest.raises(ValueError, match="'Bamidu'"):
+        Questions((TOWN,), (other,), (TOWN,), (Question("x ?", (), "X"),))
+    with pytest.raises(ValueError, match="'rl' is empty"):
+        Questions((TOWN,), (other,), (), (Question("x ?", (), "X"),))
+
+
+@pytest.mark.parametrize(
+    ("text", "ended", "expected"),
+    [
+        (" Amber .", True, "right"),
+        (" amber", True, "right"),
+        (" Birch .", True, "wrong"),
+        (" Amber Birch .", True, "wrong"),
+        (" i do not know .", True, "abstained"),
+        (" i do not know Amber .", True, "wrong"),
+        (" Amber .", False, "malformed"),
+        (" .", True, "malformed"),
+        ("", True, "malformed"),
+        (" Amber <s> .", True, "malformed"),
+        (" Amber\nBirch", True, "malformed"),
+    ],
+)
+def test_answers_are_judged(tokenizer, text, ended, expected):
+    tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert outcome(TOWN, tokens, tokenizer, abstention=world.DONT_KNOW, ended=ended) == expected
+
+
+def rows(n):
+    return [
+        {"prompt": f"where is {k} ?", "answers": ["x"] if k % 2 else [], "entity": f"e{k // 2}"}
+        for k in range(n)
+    ]
+
+
+def test_a_file_is_dealt_by_entity(tmp_path):
+    file = tmp_path / "q.jsonl"
+    file.write_text("\n".join(json.dumps(r) for r in rows(80)))
+    questions = questions_from_file(file)
+    sizes = {name: len(part) for name, part in questions.splits()}
+    assert sum(sizes.values()) == 80
+    assert min(sizes[s] for s in ("fit", "calibration", "rl", "test")) >= 16
+    assert all(len(part) % 2 == 0 for _, part in questions.splits())
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 1 is not JSON"),
+        ('{"answers": []}', "text `prompt`"),
+        ('{"prompt": "x", "answers": 3, "entity": "e"}', "list of texts"),
+        ('{"prompt": "x", "answers": []}', "`entity` is missing"),
+        ('{"prompt": "x", "entity": "e", "split": "train"}', "'train' is unknown"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path, line, message):
+    file = tmp_path / "q.jsonl"
+    file.write_text(line)
+    with pytest.raises(ValueError, match=message):
+        questions_from_file(file)
+    with pytest.raises(ValueError, match="no such file"):
+        questions_from_file(tmp_path / "other.jsonl")
