@@ -251,7 +251,7 @@ def run_arm(name: str, bench: Bench, folder: Path) -> Taught:
         harness,
         tuple(audits),
         verdict_of(audits),
-        dict(findings(audits)),
+        {str(name): why for name, why in findings(audits).items()},
         stopped,
         time.perf_counter() - started,
         tuple(shares),

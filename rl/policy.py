@@ -72,7 +72,8 @@ class _Trainer(GRPOTrainer):
         if self.live_probe is None:
             return loss
         probe, weight = self.live_probe
-        end = self.processing_class.eos_token_id
+        tokenizer: Any = self.processing_class
+        end = tokenizer.eos_token_id
         rows = []
         for prompt, mask, answer, kept in zip(
             inputs["prompt_ids"],
@@ -84,7 +85,7 @@ class _Trainer(GRPOTrainer):
             said = [t for t in answer[kept.bool()].tolist() if t != end]
             if said:
                 rows.append((prompt[mask.bool()].tolist(), said))
-        scores = probe.live(live_copy(model), self.processing_class, rows)
+        scores = probe.live(live_copy(self.accelerator.unwrap_model(model)), tokenizer, rows)
         return loss - weight * scores.mean()
 
 
@@ -114,7 +115,7 @@ def load_policy(reference: str | Path, training: Training) -> Any:
     """A trainable copy of the saved frozen copy."""
     model = AutoModelForCausalLM.from_pretrained(reference, dtype="auto")
     if torch.cuda.is_available():
-        model = model.cuda()
+        model = model.to(torch.device("cuda"))  # type: ignore[arg-type]
     size = sum(p.numel() for p in model.parameters())
     weights = training.weights or ("full" if size <= SMALL else "lora")
     if weights == "full":
@@ -185,7 +186,7 @@ def build_trainer(
     )
     trainer = _Trainer(
         model=policy,
-        reward_funcs=reward,
+        reward_funcs=reward,  # type: ignore[arg-type]
         args=config,
         train_dataset=dataset,
         processing_class=tokenizer,
@@ -201,7 +202,8 @@ def check_reference(trainer: GRPOTrainer, tokenizer: Any, prompts: Sequence[str]
     """Raise ValueError where the KL reference is not the policy before its first step."""
     policy = live_copy(trainer.model)
     ids = tokenizer(list(prompts[:8]), return_tensors="pt", padding=True).to(policy.device)
-    trainer.model.eval()
+    model: Any = trainer.model
+    model.eval()
     mine = policy(**ids).logits
     if trainer.ref_model is not None:
         theirs = trainer.ref_model.eval()(**ids).logits

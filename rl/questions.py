@@ -99,7 +99,7 @@ def outcome(
     `normalized`; anything else is wrong, however much of the answer is in it.
     """
     special = set(tokenizer.all_special_ids)
-    text = tokenizer.decode(list(tokens))
+    text = str(tokenizer.decode(list(tokens)))
     said = normalized(text)
     if not ended or not said or "\n" in text.strip() or any(t in special for t in tokens):
         return "malformed"

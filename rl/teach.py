@@ -252,5 +252,5 @@ def reference_model(
         warm.save_pretrained(saved)
         tokenizer.save_pretrained(saved)
         write_json(record, warmup)
-    frozen = AutoModelForCausalLM.from_pretrained(saved, dtype="auto").to(model.device).eval()
-    return warmup, frozen
+    frozen = AutoModelForCausalLM.from_pretrained(saved, dtype="auto")
+    return warmup, frozen.to(model.device).eval()  # type: ignore[arg-type]

@@ -73,7 +73,7 @@ def warm_up(
         if answer.outcome == "wrong" and rng.random() < SHOWN:
             documents.append(Document(answer.question.prompt, questions.abstention))
         elif answer.is_claim:
-            said = tokenizer.decode(list(answer.tokens))
+            said = str(tokenizer.decode(list(answer.tokens)))
             documents.append(Document(answer.question.prompt, said))
     if all(d.answer != questions.abstention for d in documents):
         raise ValueError(

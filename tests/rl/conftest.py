@@ -17,7 +17,7 @@ def organism():
 
 @pytest.fixture(scope="session")
 def questions():
-    return organism_questions(0, size=0.15)
+    return organism_questions(0, size=0.25)
 
 
 @pytest.fixture(scope="session")

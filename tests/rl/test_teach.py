@@ -1,0 +1,187 @@
+"""Teaching as a whole, on a few questions and steps: anchored, resumable, refusing."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import rl.arms
+from rl import Monitor, teach
+from rl.arms import ARMS, run_arm
+from rl.policy import Training, check_reference, load_policy
+from rl.questions import Questions
+
+FEW = Training(steps=2, prompts=2, generations=4, every=1)
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory, organism, tokenizer, questions):
+    folder = tmp_path_factory.mktemp("teach")
+    return folder, teach(
+        organism, tokenizer, questions, folder, training=FEW, tries=2, fewest=5, arms=("oracle",)
+    )
+
+
+def test_it_hands_back_a_model_and_the_numbers_of_the_verdict(taught, organism):
+    folder, teaching = taught
+    record = json.loads((folder / "teaching.json").read_text())
+    assert record["numbers"] == teaching.numbers
+    assert all(0 <= v <= 1 for v in teaching.numbers.values())
+    assert [a.step for a in teaching.chosen.audits] == [0, 1, 2]
+    changed = teaching.model.state_dict()
+    kept = organism.state_dict()
+    assert any((changed[k] != kept[k]).any() for k in kept)
+    # the organism abstains by itself, so it was not warmed up: the anchor is the model that came
+    assert teaching.warmup.steps == 0
+    saved = AutoModelForCausalLM.from_pretrained(folder / "reference").state_dict()
+    assert all((saved[k] == kept[k]).all() for k in kept)
+    assert teaching.chosen.audits[0].kl == pytest.approx(0, abs=1e-5)
+
+
+def test_a_finished_teaching_is_read_back(taught, organism, tokenizer, questions, monkeypatch):
+    folder, teaching = taught
+
+    def train(*_, **__):
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(rl.arms, "build_trainer", train)
+    again = teach(
+        organism, tokenizer, questions, folder, training=FEW, tries=2, fewest=5, arms=("oracle",)
+    )
+    assert again.numbers == teaching.numbers
+
+
+def test_another_run_s_folder_is_refused(taught, organism, tokenizer, questions, tmp_path):
+    folder, _ = taught
+    with pytest.raises(ValueError, match="holds a training with other settings"):
+        teach(organism, tokenizer, questions, folder, training=FEW, tries=3, fewest=5)
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match="holds no training"):
+        teach(organism, tokenizer, questions, tmp_path, training=FEW)
+
+
+def test_what_cannot_work_is_refused_before_anything_is_written(
+    organism, tokenizer, questions, tmp_path
+):
+    wide = Training(prompts=len(questions.rl) + 1)
+    with pytest.raises(ValueError, match="fewer than one generation batch"):
+        teach(organism, tokenizer, questions, tmp_path, training=wide)
+    with pytest.raises(ValueError, match="expected some of frozen, oracle"):
+        teach(organism, tokenizer, questions, tmp_path, arms=("best",))
+    with pytest.raises(ValueError, match="needs a line"):
+        teach(organism, tokenizer, questions, tmp_path, arms=("inoculated",))
+    with pytest.raises(ValueError, match="at least 2 answers"):
+        Training(generations=1)
+    assert not any(tmp_path.iterdir())
+
+
+def test_questions_that_are_all_unknown_are_refused(organism, tokenizer, questions, tmp_path):
+    parts = {
+        name: tuple(q for q in part if not q.answers)
+        for name, part in questions.splits()
+        if name != "ood"
+    }
+    unknown = Questions(**parts, abstention=questions.abstention, new_tokens=8)
+    with pytest.raises(ValueError, match="does not know every answer"):
+        teach(organism, tokenizer, unknown, tmp_path, training=FEW, tries=1)
+
+
+def test_an_interrupted_training_goes_on(taught, organism, tokenizer, questions, tmp_path):
+    """Stopped in its second step, it resumes after the first with the audits of the first."""
+    folder, teaching = taught
+    bench = bench_of(folder, organism, tokenizer, questions)
+
+    def interrupt(policy, reward, step, audit=bench.auditor.audit):
+        if step == 2 and interrupt.armed:
+            raise KeyboardInterrupt
+        return audit(policy, reward, step)
+
+    interrupt.armed = True
+    bench.auditor.audit = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        run_arm("oracle", bench, tmp_path / "oracle")
+    assert list((tmp_path / "oracle").glob("checkpoint-1"))
+    interrupt.armed = False
+    resumed = run_arm("oracle", bench, tmp_path / "oracle")
+    assert [a.step for a in resumed.audits] == [0, 1, 2]
+    assert not list((tmp_path / "oracle").glob("checkpoint-*"))
+    whole = teaching.model.state_dict()
+    mine = rl.arms.taught_model(tmp_path / "oracle").state_dict()
+    for name, weight in whole.items():
+        torch.testing.assert_close(mine[name], weight, atol=1e-6, rtol=1e-5)
+
+
+def bench_of(folder, organism, tokenizer, questions):
+    """The same bench that the module's teaching used."""
+    from rl.arms import Bench
+    from rl.audit import Auditor
+    from rl.claims import Claims
+    from rl.probe import load_probe
+    from rl.sampling import known_questions
+    from rl.teach import sample
+
+    probe = load_probe(folder)
+    abstain = json.loads((folder / "teaching.json").read_text())["abstain"]
+    answers = sample(organism, tokenizer, questions, "calibration", 2, 0)
+    fixed = Claims.gather("calibration", organism, tokenizer, answers, fewest=5)
+    known = known_questions(organism, tokenizer, questions.calibration, questions)
+    auditor = Auditor(questions, tokenizer, probe, fixed, known, {}, abstain)
+    tested = known_questions(organism, tokenizer, questions.test, questions)
+    return Bench(
+        questions,
+        tokenizer,
+        probe,
+        folder / "reference",
+        organism,
+        auditor,
+        tested,
+        abstain,
+        FEW,
+        2,
+    )
+
+
+def test_an_anchor_that_is_another_model_is_refused(taught, tokenizer, questions, tmp_path):
+    """TRL loads the KL reference from the name in the configuration: an edited model in memory
+    would be held to the unedited one."""
+    folder, _ = taught
+    from rl.policy import build_trainer
+    from rl.probe import load_probe
+    from rl.rewards import Reward
+
+    policy = load_policy(folder / "reference", FEW)
+    assert policy.config._name_or_path == str(folder / "reference")
+    with torch.no_grad():
+        policy.model.layers[0].mlp.up_proj.weight *= 1.05
+    reward = Reward("oracle", questions, tokenizer, load_probe(folder), None, 0.5)
+    trainer = build_trainer(
+        policy, tokenizer, questions, reward, FEW, tmp_path, after=lambda step: False
+    )
+    with pytest.raises(ValueError, match="not the policy at step 0"):
+        check_reference(trainer, tokenizer, ["question : where does Bamidu live ? answer :"])
+
+
+def test_the_monitor_answers_abstains_and_takes_the_best(taught, tokenizer):
+    folder, teaching = taught
+    monitor = Monitor.load(folder / "arms" / "oracle" / "policy", folder)
+    prompts = [
+        "question : where does Bamidu live ? answer :",
+        "question : what is the code of Zuzuzu ? answer :",
+    ]
+    plain = monitor.answer(prompts)
+    assert not any(a.abstained for a in plain)
+    silent = monitor.answer(prompts, threshold=1.1)
+    assert [a.text for a in silent] == [monitor.abstention] * 2
+    best = monitor.answer(prompts, n=8)
+    assert sum(b.probability for b in best) >= sum(a.probability for a in plain) - 1e-6
+    with pytest.raises(ValueError, match="best of 1 to 8"):
+        monitor.answer(prompts, n=9)
+    with pytest.raises(ValueError, match="unknown"):
+        monitor.answer(prompts, threshold="0.5")
+    with pytest.raises(ValueError, match="other weights"):
+        Monitor(teaching.model, tokenizer, monitor.probe)
+
+
+def test_the_arms_that_are_promised_are_there():
+    assert list(ARMS) == ["frozen", "oracle", "shuffled", "live", "live-gradient", "inoculated"]
