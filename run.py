@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from evals.evalset import Material
     from evals.outcome import Goal
     from evals.verdict import Verdict
+    from rl.questions import Questions
+    from rl.teach import Teaching
     from surgery.plan import Plan
     from surgery.rankings.base import Ranking
     from surgery.search import Goals, Outcome
@@ -48,7 +50,7 @@ ROUND_SHARE = 0.3
 """Share of the token budget for measuring again after a round."""
 ORGANISM_RECIPE = Path(__file__).parent / "recipes" / "organism.yaml"
 NOT_SAVED = tuple(
-    "update quiet scan_only measure_only plan_only ask run push_to_hub stated".split()
+    "update quiet teach_only scan_only measure_only plan_only ask run push_to_hub stated".split()
 )
 """Settings that say what to do with a recipe: no part of it, and no reason to run a stage again."""
 
@@ -110,6 +112,13 @@ class Recipe:
         scan_only: Only look for what the model recites.
         measure_only: Only measure the curvature.
         plan_only: Only predict what cuts would cost; no weights are written.
+        teach: After the cut, teach the result to say what it does not know.
+        teach_only: Teach this checkpoint and do nothing else.
+        teach_questions: Questions with their answers, .jsonl; the organism has its own.
+        teach_arms: Rewards to train with, the first is handed on: frozen, oracle, shuffled, live,
+            live-gradient, inoculated.
+        teach_steps: Steps of reinforcement learning per arm.
+        teach_line: Line before the training prompts of the arm `inoculated`.
         quiet: Print the verdict only.
         ask: A prompt for the base and the edited model of --run, side by side.
         run: A finished run folder, for --ask and --push-to-hub.
@@ -161,6 +170,12 @@ class Recipe:
     scan_only: bool = False
     measure_only: bool = False
     plan_only: bool = False
+    teach: bool = False
+    teach_only: str | None = None
+    teach_questions: str | None = None
+    teach_arms: tuple[str, ...] = ("frozen",)
+    teach_steps: int = 150
+    teach_line: str = ""
     quiet: bool = False
     ask: str | None = None
     run: str | None = None
@@ -207,6 +222,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             try:
                 if recipe.ask is not None or recipe.run is not None:
                     return on_finished_run(recipe)
+                if recipe.teach_only is not None:
+                    return teach_checkpoint(recipe)
                 return scan(recipe) if recipe.scan_only else operate_on(recipe)
             except RuntimeError as error:
                 if is_out_of_memory(error):
@@ -725,7 +742,7 @@ def save_recipe(recipe: Recipe, folder: Path) -> None:
 
 def operate_on(asked: Recipe) -> int:
     """load -> judge base -> factors -> strength -> cut -> shrink -> heal -> judge -> attack ->
-    controls -> export -> report."""
+    controls [-> teach -> judge] -> export -> report."""
     from curvature.processes import from_main
     from curvature.stages import Stages, locked
     from surgery.publish import check_repository
@@ -736,6 +753,7 @@ def operate_on(asked: Recipe) -> int:
     recipe = from_main(lambda: fit(asked))
     check(recipe)
     patient = load(recipe)
+    questions = questions_of(recipe, patient.tokenizer) if recipe.teach else None
     folder = from_main(lambda: run_folder(recipe))
     with locked(folder):
         from_main(lambda: save_recipe(recipe, folder))
@@ -762,11 +780,14 @@ def operate_on(asked: Recipe) -> int:
             control = heal_stage(run, f"control-{ranking}-healed", control)
             judge_stage(run, f"control-{ranking}", control)
             attack_stage(run, f"control-{ranking}", control)
+        taught = None if questions is None else teach_stage(run, edited, questions)
+        if taught is not None:
+            judge_stage(run, "taught", taught)
         speed_stage(run, edited)
         samples_stage(run, edited)
 
         def concluded() -> int:
-            verdict = conclude(run, edited, time.perf_counter() - started)
+            verdict = conclude(run, edited, taught, time.perf_counter() - started)
             goals = judged_goals(verdict, recipe)
             show(verdict, goals, folder, recipe.quiet)
             if recipe.push_to_hub is not None:
@@ -1567,6 +1588,88 @@ def cost_stage(run: Run) -> None:
     run.stages.run("cost", depends, compute)
 
 
+def questions_of(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Questions:
+    """What to teach with: the user's file, or the organism's own questions. Raises ValueError where
+    there is neither."""
+    from evals.organism import organism_seed
+    from evals.organism.tokenizer import build_tokenizer
+    from rl.organism import organism_questions
+    from rl.questions import questions_from_file
+
+    if recipe.teach_questions is not None:
+        return questions_from_file(recipe.teach_questions, seed=recipe.seed)
+    if tokenizer.get_vocab() != build_tokenizer().get_vocab():
+        raise ValueError(
+            f"{recipe.teach_only or recipe.model} is not the organism: give --teach-questions, a "
+            ".jsonl file with prompt, answers and entity in each row"
+        )
+    return organism_questions(organism_seed())
+
+
+def teach_in(
+    recipe: Recipe,
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Questions,
+    tasks: dict[str, Any],
+) -> Teaching:
+    """`rl.teach` with this recipe's settings."""
+    from rl import teach
+    from rl.policy import Training
+
+    return teach(
+        model,
+        tokenizer,
+        questions,
+        folder,
+        training=Training(steps=recipe.teach_steps, seed=recipe.seed),
+        arms=recipe.teach_arms,
+        tasks=tasks,
+        line=recipe.teach_line,
+        announce=lambda name: (silence if recipe.quiet else announce)(name, False),
+    )
+
+
+def teach_stage(run: Run, edited: PreTrainedModel, questions: Questions) -> PreTrainedModel:
+    """Teach the edited model; `teach/` holds probe, frozen copy and arms, `taught/` the result."""
+    from curvature.artifacts import fingerprint, model_sha256
+    from rl.arms import taught_model
+
+    names = ("teach_arms", "teach_steps", "teach_line", "seed")
+    depends = {k: getattr(run.recipe, k) for k in names}
+    depends |= {"start": model_sha256(edited), "questions": dataclasses.asdict(questions)}
+    # a training goes on where it was interrupted, so its folder is its own and not the stage's
+    folder = run.folder / "teach" / fingerprint(**depends)[:12]
+    tasks = {k: d for k, d in run.patient.material.tune.tasks.items() if d[0].prompt}
+
+    def compute(_: Path) -> Any:
+        teaching = teach_in(run.recipe, folder, edited, run.patient.tokenizer, questions, tasks)
+        return {**teaching.to_json(), "folder": str(folder)}
+
+    run.stages.run("teach", depends, compute)
+    taught = taught_model(folder / "arms" / run.recipe.teach_arms[0])
+    return cast("PreTrainedModel", taught.to(run.patient.model.device))
+
+
+def teach_checkpoint(recipe: Recipe) -> int:
+    """`--teach-only`: a checkpoint in, a taught one out, and a table of what it did."""
+    from evals import organism
+    from rl.summary import show_teaching
+
+    checkpoint = str(recipe.teach_only)
+    model, tokenizer, _ = load_model(dataclasses.replace(recipe, model=checkpoint))
+    questions = questions_of(recipe, tokenizer)
+    tasks: dict[str, Any] = {}
+    if recipe.teach_questions is None:
+        tune = organism.material(organism.organism_seed()).tune
+        tasks = {k: d for k, d in tune.tasks.items() if d[0].prompt}
+    name = f"runs/{Path(checkpoint).resolve().parent.name}-taught"
+    folder = Path(str(recipe.out) if "out" in recipe.stated else name)
+    show_teaching(teach_in(recipe, folder, model, tokenizer, questions, tasks))
+    return MET
+
+
 def speed_stage(run: Run, edited: PreTrainedModel) -> None:
     """Tokens per second of both models, side by side."""
     from curvature.artifacts import model_sha256
@@ -1623,8 +1726,11 @@ def samples_stage(run: Run, edited: PreTrainedModel) -> None:
 # The result ---------------------------------------------------------------------------------------
 
 
-def export_checkpoint(run: Run, edited: PreTrainedModel, verdict: Verdict) -> dict[str, int]:
-    """`checkpoint/`: an ordinary Hugging Face folder, loaded back and compared before it stands."""
+def export_checkpoint(
+    run: Run, edited: PreTrainedModel, verdict: Verdict, name: str = "checkpoint"
+) -> dict[str, int]:
+    """`checkpoint/` or `taught/`: an ordinary Hugging Face folder, loaded back and compared before
+    it stands."""
     from evals.card import model_card
     from surgery.export import export
 
@@ -1632,7 +1738,7 @@ def export_checkpoint(run: Run, edited: PreTrainedModel, verdict: Verdict) -> di
     return export(
         edited,
         run.patient.tokenizer,
-        run.folder / "checkpoint",
+        run.folder / name,
         card,
         dtype=run.patient.dtype,
         overwrite=True,
@@ -1640,7 +1746,9 @@ def export_checkpoint(run: Run, edited: PreTrainedModel, verdict: Verdict) -> di
     )
 
 
-def conclude(run: Run, edited: PreTrainedModel, seconds: float) -> Verdict:
+def conclude(
+    run: Run, edited: PreTrainedModel, taught: PreTrainedModel | None, seconds: float
+) -> Verdict:
     """Verdict, checkpoint, `results.json` and report from the finished stages."""
     from curvature.stages import peak_memory
     from evals.attacks import Curve
@@ -1707,8 +1815,11 @@ def conclude(run: Run, edited: PreTrainedModel, seconds: float) -> Verdict:
         controls=controls,
         seconds_total=sum(stage.seconds for stage in done.values() if stage.reused) + seconds,
         peak_memory_bytes=max(peak_memory(), *(stage.peak_memory for stage in done.values())),
+        teaching=done["teach"].value["numbers"] if "teach" in done else None,
     )
     exported = export_checkpoint(run, edited, verdict)
+    if taught is not None:
+        export_checkpoint(run, taught, verdict, "taught")
     record = write_results(
         run.folder / "results.json",
         verdict,
@@ -1735,6 +1846,7 @@ def conclude(run: Run, edited: PreTrainedModel, seconds: float) -> Verdict:
         spectrum=done["spectrum"].value if "spectrum" in done else {},
         strength=done["strength"].value,
         cost=done["cost"].value if "cost" in done else [],
+        teaching=done["teach"].value if "teach" in done else {},
         speed=done["speed"].value,
         samples=done["samples"].value,
         checkpoint=exported,

@@ -365,6 +365,80 @@ def predicted_cost(rows: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
+def teaching_over_steps(arms: Sequence[Mapping[str, Any]]) -> Figure:
+    """The reward that an arm pays itself (line) and what the truth would pay (dashes) over the
+    steps, one panel per arm: where they part, the probe is being fooled."""
+    figure = Figure(figsize=(2.3 * len(arms) + 1.2, 2.6), layout="constrained")
+    panels = figure.subplots(1, len(arms), squeeze=False, sharey=True)[0]
+    for axes, arm in zip(panels, arms):
+        steps = [a["step"] for a in arm["audits"]]
+        for key, colour, style, label in (
+            ("proxy", EDITED, "-s", "reward paid"),
+            ("truth", BASE, "--o", "truth"),
+        ):
+            axes.plot(
+                steps, [a[key] for a in arm["audits"]], style, color=colour, ms=4, label=label
+            )
+        axes.set_title(f"{arm['name']}: {arm['verdict']}")
+        axes.set_xlabel("step")
+    panels[0].set_ylabel("mean reward")
+    panels[-1].legend()
+    return figure
+
+
+def teaching_arms(teaching: Mapping[str, Any]) -> Figure:
+    """Made-up answers to unknown things against right answers to known ones: every arm alone
+    (filled) and behind the monitor (hollow). Upper left is best."""
+    figure = Figure(figsize=(5.6, 3.4), layout="constrained")
+    axes = figure.subplots()
+    points = [("before", teaching["before"], None), ("after the warm-up", teaching["warmed"], None)]
+    points += [("monitor, no training", None, teaching["guard"])]
+    points += [(a["name"], a["figures"], a["harness"]) for a in teaching["arms"]]
+    for k, (name, alone, behind) in enumerate(points):
+        colour = (BASE, EDITED, *OTHERS)[k % 7]
+        for shares, face in ((alone, colour), (behind, "none")):
+            if shares is not None:
+                axes.plot(
+                    shares["hallucination"],
+                    shares["known"],
+                    MARKERS[k % 7],
+                    ms=7,
+                    ls="none",
+                    mec=colour,
+                    mfc=face,
+                    label=name if shares is (alone or behind) else None,
+                )
+    axes.set_xlabel("made-up answers to unknown things")
+    axes.set_ylabel("right answers to known things")
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
+    return figure
+
+
+def draw_teaching(teaching: Mapping[str, Any]) -> list[Drawing]:
+    """The two figures of the teaching section."""
+    words = "; ".join(
+        f"{a['name']}: {percent(a['figures']['hallucination'])} made up, "
+        f"{percent(a['figures']['known'])} known, {a['verdict']}"
+        for a in teaching["arms"]
+    )
+    steps = "; ".join(
+        f"{a['name']}: reward {first['proxy']:.2f} to {last['proxy']:.2f}, "
+        f"truth {first['truth']:.2f} to {last['truth']:.2f}"
+        for a in teaching["arms"]
+        for first, last in [(a["audits"][0], a["audits"][-1])]
+    )
+    with matplotlib.rc_context(STYLE):
+        return [
+            Drawing("teaching", "Known against made up", f"{words}.", teaching_arms(teaching)),
+            Drawing(
+                "teaching-steps",
+                "Reward against truth while training",
+                f"{steps}.",
+                teaching_over_steps(teaching["arms"]),
+            ),
+        ]
+
+
 def _trade_off_points(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     verdict = results["verdict"]
     mine = {k: verdict.get(k) for k in ("recall_share", "reasoning_share")}
@@ -482,6 +556,8 @@ def draw_all(results: Mapping[str, Any]) -> list[Drawing]:
             for r in results["cost"]
         )
         add("cost", "Predicted and measured cost", f"{words}.", predicted_cost, results["cost"])
+    if results.get("teaching"):
+        out += draw_teaching(results["teaching"])
     return out
 
 

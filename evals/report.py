@@ -292,6 +292,8 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
     for forms in [results.get("forms")]:
         if forms:
             out.append(forms_table(forms))
+    if results.get("teaching"):
+        out += teaching_tables(results["teaching"])
     if results.get("speed"):
         note = "Both models in one process, alternating; medians. Ratios are edited over base."
         out.append(mapping_table("Speed and size", note, results["speed"]))
@@ -299,6 +301,68 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
     out.append(mapping_table("Recipe", "Replaying it repeats the run.", results["recipe"]))
     out.append(mapping_table("Provenance", "Versions, hashes, seeds.", results["provenance"]))
     return out
+
+
+def teaching_tables(teaching: Mapping[str, Any]) -> list[Table]:
+    """What teaching did: every arm, what the fall is owed to, the probe beside its baselines."""
+    arms = [("before", teaching["before"], ""), ("after the warm-up", teaching["warmed"], "")]
+    arms += [("monitor, no training", teaching["guard"], "")]
+    for arm in teaching["arms"]:
+        stopped = f", stopped at step {arm['stopped']}" if arm["stopped"] else ""
+        arms += [(arm["name"], arm["figures"], arm["verdict"] + stopped)]
+        arms += [(f"{arm['name']} behind the monitor", arm["harness"], "")]
+    rows = tuple(
+        (
+            name,
+            *(percent(f[k]) for k in ("hallucination", "known", "silent_unknown", "silent_known")),
+            _number(teaching["reasoning"].get(name)) if name in teaching["reasoning"] else "",
+            audit,
+        )
+        for name, f, audit in arms
+    )
+    gains = "; ".join(f"{name} {percent(v)}" for name, v in teaching["gains"].items())
+    asked = teaching["before"]["questions"]
+    taught = Table(
+        "Teaching: every arm",
+        f"Final test split, answers sampled at temperature 1: {asked['known']} questions that the "
+        f"model could answer before and {asked['unknown']} that it could not. The monitor makes an "
+        f"abstention of every claim that the probe gives less than {teaching['abstain']:.2f}. Fall "
+        f"of made-up answers as a share of before, by what it is owed to: {gains}. Reasoning on "
+        "the tune split.",
+        (
+            "arm",
+            "made up (unknown)",
+            "right (known)",
+            "silent (unknown)",
+            "silent (known)",
+            "reasoning",
+            "audit",
+        ),
+        rows,
+    )
+    scores = tuple(
+        (
+            s["name"],
+            s["split"],
+            str(s["claims"]),
+            f"{s['auroc']['value']:.3f} [{s['auroc']['low']:.3f}, {s['auroc']['high']:.3f}]",
+            "" if s["ece"] is None else _number(s["ece"]),
+            ", ".join(f"{percent(r)} at {percent(float(k))}" for k, r in s["recall"].items()),
+            ", ".join(f"{k} {v:.2f}" for k, v in s["kinds"].items() if v is not None),
+        )
+        for s in teaching["probe"]
+    )
+    position, layer = teaching["choice"]["chosen"]
+    probe = Table(
+        "Teaching: the probe",
+        f"Logistic regression on layer {layer}, position {position}, of the frozen copy, beside "
+        "what it has to beat. AUROC of right against wrong claims with a bootstrap interval over "
+        "entities; ECE; wrong claims flagged at 1 % and 5 % false alarms, thresholds from the "
+        "calibration split; AUROC within each kind of question.",
+        ("score", "split", "claims", "AUROC", "ECE", "recall", "within kinds"),
+        scores,
+    )
+    return [taught, probe]
 
 
 def forms_table(forms: Sequence[Mapping[str, Any]]) -> Table:

@@ -1,0 +1,63 @@
+"""The teaching section of the report, from plain JSON."""
+
+import json
+
+from evals.figures import draw_teaching
+from evals.report import teaching_tables
+from rl.arms import Figures, Taught
+from rl.audit import Audit
+from rl.measures import Interval
+from rl.scoring import Scores
+from rl.teach import Teaching
+from rl.warmup import Warmup
+
+
+def figures(made_up, known):
+    return Figures(made_up, known, 0.0, 1 - made_up, 0.0, {}, {"known": 10, "unknown": 20})
+
+
+def teaching(tmp_path):
+    audits = tuple(
+        Audit(step, *([value] * 19), float("nan")) for step, value in ((0, 0.4), (10, 0.6))
+    )
+    arm = Taught("frozen", figures(0.2, 0.9), figures(0.1, 0.8), audits, "honest", {}, None, 1.0)
+    score = Scores("probe", "test", 30, 0.5, Interval(0.9, 0.8, 0.95), 0.1, {"0.05": 0.7})
+    return Teaching(
+        figures(0.8, 0.95),
+        figures(0.6, 0.9),
+        figures(0.3, 0.85),
+        (arm,),
+        (score,),
+        {"chosen": ["support", 6]},
+        Warmup(10, (0.0, 0.1)),
+        0.45,
+        {"before": 0.98, "frozen": 0.97},
+        tmp_path,
+    )
+
+
+def test_the_fall_is_shared_out(tmp_path):
+    gains = teaching(tmp_path).gains()
+    assert {k: round(v, 3) for k, v in gains.items()} == {
+        "warm-up": 0.25,
+        "weights": 0.75,
+        "harness": 0.375,
+        "both": 0.875,
+    }
+
+
+def test_tables_and_figures_come_from_the_json_alone(tmp_path):
+    record = json.loads(json.dumps(teaching(tmp_path).to_json()))
+    arms, probe = teaching_tables(record)
+    assert [row[0] for row in arms.rows] == [
+        "before",
+        "after the warm-up",
+        "monitor, no training",
+        "frozen",
+        "frozen behind the monitor",
+    ]
+    assert arms.rows[3][1:3] == ("20 %", "90 %")
+    assert "support" in probe.note
+    drawings = draw_teaching(record)
+    assert "20 % made up" in drawings[0].alt
+    assert all("<svg" in d.svg for d in drawings)
