@@ -14,9 +14,11 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from scipy import stats
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
@@ -72,6 +74,16 @@ def noise_perturbations(
         noise *= scale * weight.norm() / noise.norm()
         out.append(Perturbation(f"noise {target.name}", {target.name: noise}))
     return out
+
+
+def layer_perturbations(
+    targets: Sequence[Target], scale: float, *, seed: int = 0
+) -> list[Perturbation]:
+    """`noise_perturbations` of all targets of one layer together, layer by layer."""
+    by_layer: dict[int, dict[str, torch.Tensor]] = {}
+    for target, noise in zip(targets, noise_perturbations(targets, scale, seed=seed), strict=True):
+        by_layer.setdefault(target.layer, {}).update(noise.deltas)
+    return [Perturbation(f"noise layer {layer}", deltas) for layer, deltas in by_layer.items()]
 
 
 def direction_perturbations(
@@ -251,3 +263,83 @@ def check_perturbations(
                     )
                 )
     return out
+
+
+HURTS = 0.05
+"""Change of loss, nats per token, from which a population counts as hurt."""
+
+
+def perturbation_map(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    populations: Sequence[Population],
+    targets: Sequence[Target],
+    bases: Mapping[str, TargetEigenbases],
+    *,
+    tokens: int | None,
+    groups: int = 5,
+    noise: float = 0.1,
+    width: int = 256,
+    batch_size: int = 16,
+    seed: int = 0,
+    progress: str | None = None,
+) -> dict[str, Any]:
+    """Which component groups hurt everything and which hurt only memory, as plain data.
+
+    Groups: each of `groups` shares of the input and of the output directions of `bases` (flattest
+    first) removed from all targets, and noise of `noise` times its norm added to each layer.
+    `rows`: `group`, `population`, `role`, `predicted`, `measured`, `error` (nats per token) and
+    `tokens`. `hurts`: group -> `everything`, `memory only`, `kept only` or `nothing`, where a
+    population is hurt by a measured change above `HURTS` and two standard errors, and one hurt
+    population of a side counts for the side. `rank_correlation`: Spearman's, predicted against
+    measured over all rows. `within_half`: share of the rows with a measured change above `HURTS`
+    whose prediction is off by less than a half of it.
+    """
+    perturbations = [
+        *direction_perturbations(targets, bases, groups=groups, side="A"),
+        *direction_perturbations(targets, bases, groups=groups, side="G"),
+        *layer_perturbations(targets, noise, seed=seed),
+    ]
+    checks = check_perturbations(
+        model,
+        tokenizer,
+        populations,
+        targets,
+        perturbations,
+        tokens=tokens,
+        width=width,
+        batch_size=batch_size,
+        seed=seed,
+        progress=progress,
+    )
+    roles = {population.name: population.role for population in populations}
+    rows = [
+        {
+            "group": c.perturbation,
+            "population": c.population,
+            "role": roles[c.population],
+            "predicted": c.predicted,
+            "measured": c.measured,
+            "error": c.measured_error,
+            "tokens": c.tokens,
+        }
+        for c in checks
+    ]
+    hurts = {}
+    for perturbation in perturbations:
+        hurt = {
+            roles[c.population] == "memorized"
+            for c in checks
+            if c.perturbation == perturbation.name and c.measured > max(HURTS, 2 * c.measured_error)
+        }
+        words = {(): "nothing", (True,): "memory only", (False,): "kept only"}
+        hurts[perturbation.name] = words.get(tuple(hurt), "everything")
+    correlation = stats.spearmanr([c.predicted for c in checks], [c.measured for c in checks])
+    large = [c for c in checks if c.measured > HURTS]
+    near = [c for c in large if abs(c.predicted - c.measured) < 0.5 * c.measured]
+    return {
+        "rows": rows,
+        "hurts": hurts,
+        "rank_correlation": float(correlation.statistic),
+        "within_half": len(near) / len(large) if large else None,
+    }

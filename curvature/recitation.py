@@ -9,6 +9,7 @@ directions of the reference population.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +30,7 @@ from curvature.whitening import FLAT_SHARE
 class Window:
     """One window of a text. start: its first token in the text. right: share of its suffix tokens
     that are the arg-max. strict: all are. flatness: share of activation energy in the flattest
-    directions, mean over targets, in [0, 1]."""
+    directions, mean over targets, in [0, 1]; None where the scan had no bases."""
 
     text: int
     start: int
@@ -37,7 +38,7 @@ class Window:
     suffix: str
     right: float
     strict: bool
-    flatness: float
+    flatness: float | None
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,43 @@ class Scan:
         if len(documents) < 2:
             raise ValueError(f"the scan found {len(documents)} recited windows: give more text")
         return Population(name, "memorized", documents, "recitation scan")
+
+
+def scan_summary(scan: Scan, exposures: Sequence[int | None]) -> dict[str, Any]:
+    """A scan as plain data, against the truth where it is known.
+
+    exposures: how often training showed each text (None: unknown). `windows`, `recited`: counts.
+    `flatness`: of the recited and of the other windows. `auroc`: flatness, recited against other
+    windows. Where exposures are known also `shown` (windows of texts shown `KNOWN` times or more)
+    and `unseen` (never shown): `precision` (of the recited windows, the share from text that
+    training showed), `recall` (of the shown ones, the share found), `auroc_flatness` and
+    `auroc_right` (share of right tokens), shown against unseen: what a score alone would find.
+    """
+    shown = [w for w in scan.windows if (exposures[w.text] or 0) >= KNOWN]
+    unseen = [w for w in scan.windows if exposures[w.text] == 0]
+    truth = [w for w in scan.recited if exposures[w.text] is not None]
+    seen = [w for w in truth if exposures[w.text]]
+    sides = {"recited": scan.recited, "other": [w for w in scan.windows if not w.strict]}
+    return {
+        "windows": len(scan.windows),
+        "recited": len(scan.recited),
+        "auroc": scan.auroc,
+        "flatness": {k: [round(f, 5) for f in _flatness(side)] for k, side in sides.items()},
+        "shown": len(shown),
+        "unseen": len(unseen),
+        "precision": len(seen) / len(truth) if truth else None,
+        "recall": sum(w.strict for w in shown) / len(shown) if shown else None,
+        "auroc_flatness": auroc(_flatness(shown), _flatness(unseen)),
+        "auroc_right": auroc([w.right for w in shown], [w.right for w in unseen]),
+    }
+
+
+KNOWN = 64
+"""Showings in training from which a text counts as one that a scan should find."""
+
+
+def _flatness(windows: Sequence[Window]) -> list[float]:
+    return [w.flatness for w in windows if w.flatness is not None]
 
 
 def auroc(positive: Sequence[float], negative: Sequence[float]) -> float | None:
@@ -124,7 +162,7 @@ def scan_recitation(
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
     targets: Sequence[Target],
-    bases: Mapping[str, TargetEigenbases],
+    bases: Mapping[str, TargetEigenbases] | None,
     *,
     prefix: int = 32,
     suffix: int = 32,
@@ -135,8 +173,9 @@ def scan_recitation(
     """Score windows of `prefix + suffix` tokens every `stride` tokens (default: the suffix length)
     of each text.
 
-    `bases` are eigenbases of the reference population's factors. A strict window is recited: greedy
-    decoding from its prefix gives its suffix. Flatness is the mean over targets and suffix tokens.
+    `bases` are eigenbases of the reference population's factors (None: no flatness). A strict
+    window is recited: greedy decoding from its prefix gives its suffix. Flatness is the mean over
+    targets and suffix tokens.
     Raises ValueError where no text is as long as a window, on a missing basis, and on logits that
     are not finite.
     """
@@ -152,22 +191,24 @@ def scan_recitation(
     windows = []
     with evaluation_mode(model):
         forward = CausalForward(model)
-        with _FlatEnergy(targets, bases) as energy:
+        with _FlatEnergy(targets, bases) if bases is not None else nullcontext() as energy:
             starts = range(0, len(pieces), batch_size)
             for first in bar(progress, starts, unit="batches"):
                 part = pieces[first : first + batch_size]
                 rows = [[bos, *ids] if begins else ids for _, _, ids in part]
                 ids = torch.tensor(rows, device=device_of(model))
-                energy.shares.clear()
+                if energy is not None:
+                    energy.shares.clear()
                 hidden = forward.hidden(ids)
                 n = ids.shape[1]
                 logits = forward.logits(hidden[:, n - suffix - 1 : n - 1])
                 if not torch.isfinite(logits).all():
                     raise ValueError("logits are not finite: the model is broken")
                 right = logits.argmax(-1) == ids[:, n - suffix :].to(logits.device)
-                shares = torch.stack(
-                    [s[:, n - suffix :].mean(1).cpu() for s in energy.shares]
-                ).mean(0)
+                shares: list[float | None] = [None] * len(part)
+                if energy is not None:
+                    by_target = [s[:, n - suffix :].mean(1).cpu() for s in energy.shares]
+                    shares = torch.stack(by_target).mean(0).tolist()
                 for (k, start, tokens), row, share in zip(part, right, shares, strict=True):
                     whole = str(tokenizer.decode(tokens))
                     given = str(tokenizer.decode(tokens[:prefix]))
@@ -184,9 +225,9 @@ def scan_recitation(
                             rest,
                             float(row.float().mean()),
                             bool(row.all()),
-                            float(share),
+                            share,
                         )
                     )
-    recited = [w.flatness for w in windows if w.strict]
-    others = [w.flatness for w in windows if not w.strict]
+    recited = _flatness([w for w in windows if w.strict])
+    others = _flatness([w for w in windows if not w.strict])
     return Scan(tuple(windows), auroc(recited, others))

@@ -13,6 +13,7 @@ import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -79,7 +80,11 @@ def whitening_profile(
 
 
 def whitening_profiles(
-    bases: Mapping[str, TargetEigenbases], other: Mapping[str, Factors], *, side: str = "A"
+    bases: Mapping[str, TargetEigenbases],
+    other: Mapping[str, Factors],
+    *,
+    side: str = "A",
+    bins: int = 20,
 ) -> dict[str, WhiteningProfile]:
     """Profiles of every target's inputs (side `A`) or output gradients (side `G`)."""
     if side not in ("A", "G"):
@@ -88,9 +93,44 @@ def whitening_profiles(
     if missing:
         raise ValueError(f"no factors of the other population for {missing[0]}")
     return {
-        name: whitening_profile(name, getattr(basis, side), getattr(other[name], side))
+        name: whitening_profile(name, getattr(basis, side), getattr(other[name], side), bins=bins)
         for name, basis in bases.items()
     }
+
+
+def whitening_summary(
+    bases: Mapping[str, TargetEigenbases],
+    others: Mapping[str, Mapping[str, Factors]],
+    *,
+    side: str = "A",
+    bins: int = 20,
+) -> dict[str, Any]:
+    """Profiles of several populations in one reference's bases as plain data, by population.
+
+    `bins`: energy over the reference's energy per bin of directions, flattest first, geometric mean
+    over targets. `flat_reference`, `flat`: shares of energy in the flattest `FLAT_SHARE` of
+    directions, means over targets. `excess`: geometric mean of their ratio. `targets`: that ratio
+    by target.
+    """
+    out = {}
+    for population, factors in others.items():
+        profiles = whitening_profiles(bases, factors, side=side, bins=bins)
+        count = min(len(p.other) for p in profiles.values())
+        ratios = np.array([energy_ratios(p)[:count] for p in profiles.values()])
+        excess = {name: p.excess for name, p in profiles.items()}
+        out[population] = {
+            "bins": np.exp(np.log(ratios).mean(0)).tolist(),
+            "flat_reference": float(np.mean([p.flat_reference for p in profiles.values()])),
+            "flat": float(np.mean([p.flat_other for p in profiles.values()])),
+            "excess": float(np.exp(np.log(list(excess.values())).mean())),
+            "targets": excess,
+        }
+    return out
+
+
+def energy_ratios(profile: WhiteningProfile) -> np.ndarray:
+    """Energy over the reference's energy, per bin."""
+    return (np.array(profile.other) + 1e-9) / (np.array(profile.reference) + 1e-9)
 
 
 def plot_whitening(profiles: Mapping[str, WhiteningProfile], path: str | Path) -> None:
@@ -104,12 +144,7 @@ def plot_whitening(profiles: Mapping[str, WhiteningProfile], path: str | Path) -
     figure, axes = pyplot.subplots(figsize=(6, 3.5), layout="constrained")
     bins = min(len(p.other) for p in profiles.values())
     x = (np.arange(bins) + 0.5) / bins
-    ratios = np.array(
-        [
-            (np.array(p.other[:bins]) + 1e-9) / (np.array(p.reference[:bins]) + 1e-9)
-            for p in profiles.values()
-        ]
-    )
+    ratios = np.array([energy_ratios(p)[:bins] for p in profiles.values()])
     axes.plot(x, ratios.T, color="tab:orange", alpha=0.25, linewidth=0.8)
     axes.plot(
         x, np.exp(np.log(ratios).mean(0)), color="tab:red", linewidth=2, label="mean of targets"

@@ -11,7 +11,7 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from curvature.populations import Document, Population, load_population, split_population
+from curvature.populations import Document, Population, Role, load_population, split_population
 from evals.memorization import encode_pair
 
 
@@ -68,7 +68,8 @@ class Material:
     memorized, keep: populations of the *edit* split, for estimation; each has a name of its own and
     weighs as much as the others of its role. relearn: the documents that the relearning attack
     trains on. heal: fresh text for healing. tune, test: the judge's two other splits. notes: what a
-    reader of the report must know about these texts.
+    reader of the report must know about these texts. scan: texts of the edit split to search for
+    recited windows, each with how often training showed it (None: unknown).
     """
 
     memorized: tuple[Population, ...]
@@ -78,11 +79,13 @@ class Material:
     tune: EvalSet
     test: EvalSet
     notes: tuple[str, ...] = ()
+    scan: tuple[tuple[str, int | None], ...] = ()
 
     @property
     def sha256(self) -> str:
         populations = (*self.memorized, *self.keep, self.relearn, self.heal)
         parts = [p.sha256 for p in populations] + [self.tune.sha256, self.test.sha256]
+        parts.append(hashlib.sha256(json.dumps(self.scan).encode()).hexdigest())
         return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
@@ -141,26 +144,30 @@ alone."""
 def material_from_files(
     tokenizer: PreTrainedTokenizerBase,
     *,
-    memorized: str,
+    memorized: str | Population,
     reasoning: str,
-    reference: str,
+    reference: str | Population,
     prefix_tokens: int,
     suffix_tokens: int,
     problems: int,
     seed: int,
     limit: int = 20_000,
 ) -> Material:
-    """A user's own texts (files as `curvature.populations.load_population` reads them), split by
-    document.
+    """A user's own texts (files as `curvature.populations.load_population` reads them, or
+    populations), split by document.
 
     Rows of `reasoning` with a prompt and an answer become problems (exact answers); plain text is
     judged by its share of right tokens. Raises ValueError on what cannot be read or split, before
     any model runs.
     """
+    given: dict[Role, str | Population] = {
+        "memorized": memorized,
+        "reasoning": reasoning,
+        "reference": reference,
+    }
     loaded = {
-        "memorized": load_population(memorized, "memorized", limit=limit),
-        "reasoning": load_population(reasoning, "reasoning", limit=limit),
-        "reference": load_population(reference, "reference", limit=limit),
+        role: load_population(source, role, limit=limit) if isinstance(source, str) else source
+        for role, source in given.items()
     }
     parts = {
         role: split_population(population, SHARES, seed).parts
@@ -193,7 +200,15 @@ def material_from_files(
         memorized=(replace(edit["memorized"], name="passages"),),
         keep=tuple(keep),
         relearn=edit["memorized"],
-        heal=Population("kept text", "reasoning", healing, f"{reasoning}, {reference}"),
+        heal=Population(
+            "kept text",
+            "reasoning",
+            healing,
+            ", ".join(dict.fromkeys(population.source for population in keep)),
+        ),
         tune=evalset("tune"),
         test=evalset("test"),
+        scan=tuple(
+            (d.text, None) for role in ("memorized", "reference") for d in edit[role].documents
+        ),
     )

@@ -80,6 +80,21 @@ def _evalset(seed: int, split: str, families: Sequence[str], n: int) -> EvalSet:
     )
 
 
+def scan_texts(seed: int) -> tuple[tuple[str, int], ...]:
+    """Passages of the edit split and as many fresh ones of the same grammar, in a seeded order,
+    each with how often training showed it: where a scan has to tell the ones from the others."""
+    rng = world.stream(seed, "scan")
+    passages = [(i.texts[0], i.exposure) for i in _edit(seed) if i.family == "passage"]
+    fresh = [(" ".join(world.language(rng).text for _ in range(4)), 0) for _ in passages]
+    texts = passages + fresh
+    rng.shuffle(texts)
+    return tuple(texts)
+
+
+def _edit(seed: int) -> list[world.Item]:
+    return [i for i in world.items(seed) if i.split == "edit"]
+
+
 def material(
     seed: int,
     *,
@@ -97,7 +112,7 @@ def material(
     if unknown or not families:
         raise ValueError(f"families {list(families)}: expected one or both of passage, fact")
     all_items = world.items(seed)
-    edit = [i for i in all_items if i.split == "edit" and i.family in families and i.exposure]
+    edit = [i for i in _edit(seed) if i.family in families and i.exposure]
     listed = [i for i in all_items if i.listed]
     reasoning = [d for t in world.TASKS for d in world.problems(seed, t, keep_problems, "edit")]
     rng = world.stream(seed, "reference:edit")
@@ -142,4 +157,5 @@ def material(
         ),
         tune=_evalset(seed, "tune", families, min(problems, 60)),
         test=_evalset(seed, "test", families, problems),
+        scan=scan_texts(seed),
     )
