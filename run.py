@@ -64,7 +64,8 @@ class Recipe:
         out: Run folder; `runs/<model name>` by default.
         update: Allow this recipe to differ from the one in the run folder; stages that nothing
             changed for are reused.
-        memorized: Text that must go: .jsonl, .txt, .parquet or a `datasets` name.
+        memorized: Text that must go: .jsonl, .txt, .parquet or a `datasets` name; `scan` for what
+            the model recites of the reference text (of the organism: of passages and fresh text).
         reasoning: Text that must stay: rows of prompt and answer, or plain text.
         reference: Ordinary text, for clean perplexity and to be kept; the reasoning text where none
             is given.
@@ -102,6 +103,7 @@ class Recipe:
         heal_lr: Learning rate of the healing.
         controls: Neuron rankings that are given the same parameter count, the same refit and the
             same healing.
+        map_tokens: Scored tokens per population for the map of component groups; 0 for no map.
         cost_tokens: Scored tokens per population for the predicted and the measured cost.
         attack_steps: Steps of the relearning attack; 0 for none.
         attack_lr: Learning rate of the relearning attack.
@@ -160,6 +162,7 @@ class Recipe:
     heal_tokens: int = 200_000
     heal_lr: float = 1e-3
     controls: tuple[str, ...] = ("random", "magnitude")
+    map_tokens: int = 400
     cost_tokens: int = 2_000
     attack_steps: int = 120
     attack_lr: float = 3e-4
@@ -569,7 +572,8 @@ def load_model(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
 def load(recipe: Recipe) -> Patient:
     """The patient and its texts, checked as far as can be known before any long work."""
     from curvature.artifacts import model_sha256
-    from curvature.populations import batches
+    from curvature.populations import Population, batches, load_population
+    from curvature.recitation import recited_and_rest
     from curvature.targets import mlp_blocks, select_targets
     from evals import organism
     from evals.evalset import material_from_files
@@ -597,9 +601,31 @@ def load(recipe: Recipe) -> Patient:
     check_exportable(model)
     select_targets(model, recipe.targets, recipe.layers)
     mlp_blocks(model, recipe.layers)
+    memorized: str | Population = str(recipe.memorized)
+    reference: str | Population = recipe.reference or str(recipe.reasoning)
+    if recipe.memorized == "scan":
+        if recipe.model == "organism":
+            searched = organism.scan_population()
+        elif recipe.reference:
+            searched = load_population(recipe.reference, "reference", limit=20_000)
+        else:
+            raise ValueError("--memorized scan needs --reference: the text to search")
+        memorized, reference = recited_and_rest(
+            model,
+            tokenizer,
+            searched,
+            prefix=recipe.prefix_tokens,
+            suffix=recipe.suffix_tokens,
+            batch_size=recipe.judge_batch_size,
+            progress="scan",
+        )
     if recipe.model == "organism":
         seed = organism.organism_seed()
         material = organism.material(seed, families=recipe.families, problems=recipe.problems)
+        if isinstance(memorized, Population):
+            # a window is as long as a passage: of the families, a scan can find only these
+            material = organism.material(seed, families=("passage",), problems=recipe.problems)
+            material = dataclasses.replace(material, memorized=(memorized,))
     elif standins:
         material = standin_material(
             model,
@@ -614,9 +640,9 @@ def load(recipe: Recipe) -> Patient:
     else:
         material = material_from_files(
             tokenizer,
-            memorized=str(recipe.memorized),
+            memorized=memorized,
             reasoning=str(recipe.reasoning),
-            reference=recipe.reference or str(recipe.reasoning),
+            reference=reference,
             prefix_tokens=recipe.prefix_tokens,
             suffix_tokens=recipe.suffix_tokens,
             problems=recipe.problems,
@@ -765,6 +791,7 @@ def operate_on(asked: Recipe) -> int:
         judge_stage(run, "base", patient.model)
         spectrum_stage(run)
         factors = factors_stage(run, "factors", patient.model)
+        map_stage(run, factors)
         strength_stage(run, factors)
         dense = cut_stage(run, factors)
         cost_stage(run)
@@ -1005,6 +1032,41 @@ def measure(
                 break
         run.labels.setdefault(key, way)
     return found
+
+
+def map_stage(run: Run, factors: dict[str, dict[str, Factors]]) -> None:
+    """Where memorized text lives in the curvature of what is kept, what each group of components
+    hurts, and what the model recites."""
+    from curvature.survey import survey
+    from curvature.targets import select_targets
+
+    r, material = run.recipe, run.patient.material
+    names = "targets layers map_tokens keep_weights width batch_size seed".split()
+    names += ["prefix_tokens", "suffix_tokens"]
+    depends = {"factors": run.stages.done["factors"].fingerprint}
+    depends |= {k: getattr(r, k) for k in names}
+
+    def compute(_: Path) -> Any:
+        return survey(
+            run.patient.model,
+            run.patient.tokenizer,
+            (*material.keep, *material.memorized),
+            select_targets(run.patient.model, r.targets, r.layers),
+            kept_factors(factors, r.keep_weights),
+            {name.removeprefix("memorized/"): f for name, f in factors.items()},
+            material.scan,
+            tokens=r.map_tokens,
+            scan_tokens=100 * r.map_tokens,
+            prefix=r.prefix_tokens,
+            suffix=r.suffix_tokens,
+            width=r.width,
+            batch_size=r.batch_size,
+            seed=r.seed,
+            progress="curvature map",
+        )
+
+    if r.map_tokens:
+        run.stages.run("curvature-map", depends, compute)
 
 
 def measured_targets(run: Run, model: PreTrainedModel) -> list[Target]:
@@ -1843,6 +1905,7 @@ def conclude(
         ],
         curvature=done["factors"].value["eigenvalues"],
         layers=done["factors"].value["layers"],
+        curvature_map=done["curvature-map"].value if "curvature-map" in done else {},
         spectrum=done["spectrum"].value if "spectrum" in done else {},
         strength=done["strength"].value,
         cost=done["cost"].value if "cost" in done else [],

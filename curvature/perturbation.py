@@ -266,7 +266,7 @@ def check_perturbations(
 
 
 HURTS = 0.05
-"""Change of loss, nats per token, from which a population counts as hurt."""
+"""Mean change of loss, nats per token, from which memorized or kept text counts as hurt."""
 
 
 def perturbation_map(
@@ -278,7 +278,7 @@ def perturbation_map(
     *,
     tokens: int | None,
     groups: int = 5,
-    noise: float = 0.1,
+    noise: float = 0.4,
     width: int = 256,
     batch_size: int = 16,
     seed: int = 0,
@@ -289,9 +289,9 @@ def perturbation_map(
     Groups: each of `groups` shares of the input and of the output directions of `bases` (flattest
     first) removed from all targets, and noise of `noise` times its norm added to each layer.
     `rows`: `group`, `population`, `role`, `predicted`, `measured`, `error` (nats per token) and
-    `tokens`. `hurts`: group -> `everything`, `memory only`, `kept only` or `nothing`, where a
-    population is hurt by a measured change above `HURTS` and two standard errors, and one hurt
-    population of a side counts for the side. `rank_correlation`: Spearman's, predicted against
+    `tokens`. `groups`: per group the mean measured change over the `memorized` and over the `kept`
+    populations, and what it `hurts` (`everything`, `memory only`, `kept only` or `nothing`: a side
+    is hurt by a mean change above `HURTS`). `rank_correlation`: Spearman's, predicted against
     measured over all rows. `within_half`: share of the rows with a measured change above `HURTS`
     whose prediction is off by less than a half of it.
     """
@@ -325,21 +325,30 @@ def perturbation_map(
         }
         for c in checks
     ]
-    hurts = {}
+    by_group = []
     for perturbation in perturbations:
-        hurt = {
-            roles[c.population] == "memorized"
-            for c in checks
-            if c.perturbation == perturbation.name and c.measured > max(HURTS, 2 * c.measured_error)
-        }
-        words = {(): "nothing", (True,): "memory only", (False,): "kept only"}
-        hurts[perturbation.name] = words.get(tuple(hurt), "everything")
+        sides: dict[bool, list[float]] = {True: [], False: []}
+        for c in checks:
+            if c.perturbation == perturbation.name:
+                sides[roles[c.population] == "memorized"].append(c.measured)
+        memorized, kept = (
+            math.fsum(v) / len(v) if v else math.nan for v in (sides[True], sides[False])
+        )
+        hurts = {
+            (True, True): "everything",
+            (True, False): "memory only",
+            (False, True): "kept only",
+            (False, False): "nothing",
+        }[memorized > HURTS, kept > HURTS]
+        by_group.append(
+            {"group": perturbation.name, "memorized": memorized, "kept": kept, "hurts": hurts}
+        )
     correlation = stats.spearmanr([c.predicted for c in checks], [c.measured for c in checks])
     large = [c for c in checks if c.measured > HURTS]
     near = [c for c in large if abs(c.predicted - c.measured) < 0.5 * c.measured]
     return {
         "rows": rows,
-        "hurts": hurts,
+        "groups": by_group,
         "rank_correlation": float(correlation.statistic),
         "within_half": len(near) / len(large) if large else None,
     }

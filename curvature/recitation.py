@@ -8,9 +8,10 @@ directions of the reference population.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -60,6 +61,51 @@ class Scan:
         if len(documents) < 2:
             raise ValueError(f"the scan found {len(documents)} recited windows: give more text")
         return Population(name, "memorized", documents, "recitation scan")
+
+
+def recited_and_rest(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    population: Population,
+    *,
+    prefix: int,
+    suffix: int,
+    tokens: int = 500_000,
+    batch_size: int = 32,
+    progress: str | None = None,
+) -> tuple[Population, Population]:
+    """A population's recited windows as a memorized population, and the population without the
+    documents that hold one: for a user who has no list.
+
+    Windows lie side by side, so that none shares a token with another. The first `tokens` tokens
+    are scanned. Raises ValueError as `scan_recitation` does, and where fewer than two windows are
+    recited or fewer than two documents remain.
+    """
+    texts = [document.text for document in population.documents]
+    scan = scan_recitation(
+        model,
+        tokenizer,
+        texts,
+        [],
+        None,
+        prefix=prefix,
+        suffix=suffix,
+        stride=prefix + suffix,
+        tokens=tokens,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    recited = scan.population()
+    known = {w.text for w in scan.recited}
+    rest = tuple(d for k, d in enumerate(population.documents) if k not in known)
+    if len(rest) < 2:
+        raise ValueError(
+            f"{population.source or population.name}: the model recites something of "
+            f"{len(known)} of {len(texts)} documents, too little else is left to be kept: give "
+            "more ordinary text"
+        )
+    source = f"{len(scan.recited)} of {len(scan.windows)} windows of {population.source} recited"
+    return replace(recited, source=source), replace(population, documents=rest)
 
 
 def scan_summary(scan: Scan, exposures: Sequence[int | None]) -> dict[str, Any]:
@@ -167,11 +213,12 @@ def scan_recitation(
     prefix: int = 32,
     suffix: int = 32,
     stride: int | None = None,
+    tokens: int | None = None,
     batch_size: int = 32,
     progress: str | None = None,
 ) -> Scan:
     """Score windows of `prefix + suffix` tokens every `stride` tokens (default: the suffix length)
-    of each text.
+    of each text, at most `tokens` tokens in all.
 
     `bases` are eigenbases of the reference population's factors (None: no flatness). A strict
     window is recited: greedy decoding from its prefix gives its suffix. Flatness is the mean over
@@ -183,11 +230,12 @@ def scan_recitation(
         raise ValueError(f"prefix {prefix} and suffix {suffix}: expected at least one token each")
     bos = tokenizer.bos_token_id
     begins = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
-    pieces = list(_windows(tokenizer, texts, prefix + suffix, stride or suffix))
+    length = prefix + suffix
+    most = None if tokens is None else max(1, tokens // length)
+    stream = _windows(tokenizer, texts, length, stride or suffix)
+    pieces = list(itertools.islice(stream, most))
     if not pieces:
-        raise ValueError(
-            f"no text has {prefix + suffix} tokens: give longer text or a shorter window"
-        )
+        raise ValueError(f"no text has {length} tokens: give longer text or a shorter window")
     windows = []
     with evaluation_mode(model):
         forward = CausalForward(model)
@@ -209,13 +257,13 @@ def scan_recitation(
                 if energy is not None:
                     by_target = [s[:, n - suffix :].mean(1).cpu() for s in energy.shares]
                     shares = torch.stack(by_target).mean(0).tolist()
-                for (k, start, tokens), row, share in zip(part, right, shares, strict=True):
-                    whole = str(tokenizer.decode(tokens))
-                    given = str(tokenizer.decode(tokens[:prefix]))
+                for (k, start, window), row, share in zip(part, right, shares, strict=True):
+                    whole = str(tokenizer.decode(window))
+                    given = str(tokenizer.decode(window[:prefix]))
                     rest = (
                         whole[len(given) :]
                         if whole.startswith(given)
-                        else str(tokenizer.decode(tokens[prefix:]))
+                        else str(tokenizer.decode(window[prefix:]))
                     )
                     windows.append(
                         Window(

@@ -11,13 +11,15 @@ from __future__ import annotations
 import functools
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import SymLogNorm
 from matplotlib.figure import Figure
 
 from evals.comparison import rate_interval
@@ -439,6 +441,121 @@ def draw_teaching(teaching: Mapping[str, Any]) -> list[Drawing]:
         ]
 
 
+def whitening(profiles: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """Energy of each population over that of the kept mixture, along the mixture's own input
+    directions: above 1 on the left is text that lives where the mixture is flat."""
+    figure = Figure(figsize=(5.6, 2.9), layout="constrained")
+    axes = figure.subplots()
+    for k, (name, profile) in enumerate(profiles.items()):
+        bins = profile["bins"]
+        x = [(j + 0.5) / len(bins) for j in range(len(bins))]
+        colour = (EDITED, BASE, *OTHERS)[k % 7]
+        axes.semilogy(x, bins, color=colour, marker=MARKERS[k % 7], ms=3, lw=1.2, label=name)
+    axes.axhline(1, ls=":", color=INK, lw=0.8)
+    axes.set_xlabel("input directions of kept text, flattest first")
+    axes.set_ylabel("energy over kept text's")
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
+    return figure
+
+
+def component_map(perturbations: Mapping[str, Any]) -> Figure:
+    """Left: measured change of loss per group and population. Right: predicted against measured,
+    on the diagonal where the curvature predicts the cost."""
+    rows = perturbations["rows"]
+    groups = list(dict.fromkeys(r["group"] for r in rows))
+    names = list(dict.fromkeys(r["population"] for r in rows))
+    value = {(r["group"], r["population"]): r["measured"] for r in rows}
+    figure = Figure(figsize=(8.2, 0.24 * len(groups) + 1.3), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1.3, 1))
+    cells = [[value[g, n] for n in names] for g in groups]
+    scale = SymLogNorm(0.01, vmin=-1, vmax=10, base=10)
+    left.imshow(cells, aspect="auto", cmap="RdPu", norm=scale)
+    for y, row in enumerate(cells):
+        for x, v in enumerate(row):
+            # the ends of the colour map are light and dark on either paper
+            ink = "white" if scale(v) > 0.7 else "black"
+            left.text(x, y, f"{v:.2f}", ha="center", va="center", fontsize=6.5, color=ink)
+    left.set_xticks(range(len(names)), names, rotation=30, ha="right")
+    left.set_yticks(range(len(groups)), groups)
+    left.grid(visible=False)
+    left.set_title("measured, nats per token")
+    for k, name in enumerate(names):
+        mine = [r for r in rows if r["population"] == name]
+        colour = (EDITED, BASE, *OTHERS)[k % 7]
+        right.plot(
+            [r["predicted"] for r in mine],
+            [r["measured"] for r in mine],
+            MARKERS[k % 7],
+            ms=3.5,
+            color=colour,
+            label=name,
+        )
+    right.set_xscale("symlog", linthresh=0.01)
+    right.set_yscale("symlog", linthresh=0.01)
+    right.axline((0, 0), (1, 1), ls=":", color=INK, lw=0.8)
+    right.set_xlabel("predicted, nats per token")
+    right.set_ylabel("measured, nats per token")
+    right.legend(fontsize=6.5)
+    return figure
+
+
+def flatness(scan: Mapping[str, Any]) -> Figure:
+    """Share of activation energy in the flattest directions, of recited and of other windows."""
+    figure = Figure(figsize=(4.6, 2.6), layout="constrained")
+    axes = figure.subplots()
+    sides = scan["flatness"]
+    bins = np.linspace(min(map(min, sides.values())), max(map(max, sides.values())), 31)
+    for name, colour, hatch in (("other", BASE, ""), ("recited", EDITED, "//")):
+        axes.hist(
+            sides[name],
+            bins=bins.tolist(),
+            density=True,
+            alpha=0.6,
+            color=colour,
+            hatch=hatch,
+            label=f"{name} ({len(sides[name])})",
+        )
+    axes.set_xlabel("share of activation energy in the flattest 60 % of directions")
+    axes.set_ylabel("density of windows")
+    axes.legend()
+    return figure
+
+
+def _draw_map(found: Mapping[str, Any], add: Callable[..., None]) -> None:
+    """The figures of a run's `curvature_map`."""
+    profiles = found.get("whitening")
+    if profiles:
+        words = "; ".join(f"{name} {p['excess']:.2g} times" for name, p in profiles.items())
+        add(
+            "whitening",
+            "Where each text lives",
+            f"Energy in the flattest 60 % of kept text's input directions, over kept text's own: "
+            f"{words}.",
+            whitening,
+            profiles,
+        )
+    perturbations = found.get("perturbations")
+    if perturbations:
+        words = "; ".join(f"{g['group']} {g['hurts']}" for g in perturbations["groups"])
+        add(
+            "components",
+            "Which components hurt whom",
+            f"Each group is removed, or noise added, and the loss measured. Hurt: {words}.",
+            component_map,
+            perturbations,
+        )
+    scan = found.get("scan") or {}
+    if all((scan.get("flatness") or {}).get(side) for side in ("recited", "other")):
+        add(
+            "scan",
+            "Recited windows are flatter",
+            f"{scan['recited']} of {scan['windows']} windows are recited; their flatness alone "
+            f"separates them with an AUROC of {scan['auroc']:.3f}.",
+            flatness,
+            scan,
+        )
+
+
 def _trade_off_points(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     verdict = results["verdict"]
     mine = {k: verdict.get(k) for k in ("recall_share", "reasoning_share")}
@@ -449,7 +566,7 @@ def draw_all(results: Mapping[str, Any]) -> list[Drawing]:
     """Every figure that the results hold the data for, in the order of the report.
 
     Sections read: `judgement`, `strength`, `attacks`, `curvature`, `spectrum`,
-    `layers`, `cost`.
+    `curvature_map`, `layers`, `cost`.
     """
     v = results["verdict"]
     out: list[Drawing] = []
@@ -539,6 +656,7 @@ def draw_all(results: Mapping[str, Any]) -> list[Drawing]:
             for name, s in results["spectrum"].items()
         )
         add("hessian", "Spectrum of the Hessian", f"{words}.", hessian_density, results["spectrum"])
+    _draw_map(results.get("curvature_map") or {}, add)
     layers = results.get("layers") or {}
     if layers.get("values"):
         words = ", ".join(f"layer {k}: {x:.3g}" for k, x in layers["values"].items())

@@ -294,6 +294,7 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
             out.append(forms_table(forms))
     if results.get("teaching"):
         out += teaching_tables(results["teaching"])
+    out += map_tables(results.get("curvature_map") or {})
     if results.get("speed"):
         note = "Both models in one process, alternating; medians. Ratios are edited over base."
         out.append(mapping_table("Speed and size", note, results["speed"]))
@@ -363,6 +364,77 @@ def teaching_tables(teaching: Mapping[str, Any]) -> list[Table]:
         scores,
     )
     return [taught, probe]
+
+
+def map_tables(found: Mapping[str, Any]) -> list[Table]:
+    """The tables of a run's `curvature_map`."""
+    out = []
+    if found.get("perturbations"):
+        out.append(component_table(found["perturbations"]))
+    if found.get("whitening"):
+        out.append(whitening_table(found["whitening"]))
+    if found.get("scan"):
+        out.append(scan_table(found["scan"]))
+    return out
+
+
+def component_table(perturbations: Mapping[str, Any]) -> Table:
+    rows = perturbations["rows"]
+    names = list(dict.fromkeys(r["population"] for r in rows))
+    cell = {
+        (r["group"], r["population"]): f"{r['measured']:.3f} ({r['predicted']:.3f})" for r in rows
+    }
+    near = perturbations["within_half"]
+    return Table(
+        "Which components hurt whom",
+        "Change of loss in nats per token, measured and (predicted: first order plus half the "
+        "second), on the base model. Directions are those of kept text, flattest first, removed "
+        "from all targets at once. A side is hurt by a mean change above 0.05. Rank correlation of "
+        f"prediction and measurement {_number(perturbations['rank_correlation'])}; within a half "
+        f"of the measured change: {'not available' if near is None else percent(near)} of the "
+        "changes above 0.05.",
+        ("group", *names, "hurts"),
+        tuple(
+            (g["group"], *(cell[g["group"], n] for n in names), g["hurts"])
+            for g in perturbations["groups"]
+        ),
+    )
+
+
+def whitening_table(profiles: Mapping[str, Mapping[str, Any]]) -> Table:
+    return Table(
+        "Where each text lives",
+        "Share of activation energy in the flattest 60 % of kept text's input directions, mean "
+        "over targets, and how many times kept text's own share that is.",
+        ("text", "energy in flat directions", "of kept text", "times"),
+        tuple(
+            (name, percent(p["flat"]), percent(p["flat_reference"]), _number(p["excess"]))
+            for name, p in profiles.items()
+        ),
+    )
+
+
+def scan_table(scan: Mapping[str, Any]) -> Table:
+    names = {
+        "windows": "windows searched",
+        "recited": "windows recited exactly",
+        "auroc": "AUROC of flatness, recited against other windows",
+        "precision": "of the recited, share that training showed",
+        "recall": "of the well-known texts, share found",
+        "auroc_flatness": "AUROC of flatness, well-known against never shown",
+        "auroc_right": "AUROC of right tokens, well-known against never shown",
+    }
+    note = scan.get("unavailable") or (
+        "Text of the edit split, one forward pass. Recited: every token of the second part of the "
+        "window is greedy after the first. Flatness needs no labels: share of activation energy in "
+        "the flattest 60 % of directions."
+    )
+    return Table(
+        "Recitation scan",
+        note,
+        ("number", "value"),
+        tuple((words, _number(scan[key])) for key, words in names.items() if key in scan),
+    )
 
 
 def forms_table(forms: Sequence[Mapping[str, Any]]) -> Table:

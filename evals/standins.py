@@ -281,4 +281,5 @@ def standin_material(
         tune=evalset("tune"),
         test=evalset("test"),
         notes=notes,
+        scan=tuple((d.text, None) for d in (*texts, *prose_parts["edit"].documents)),
     )

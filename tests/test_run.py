@@ -29,6 +29,7 @@ QUICK = {
     "keep_neurons": 0.5,
     "heal_tokens": 1024,
     "cost_tokens": 200,
+    "map_tokens": 60,
     "attack_steps": 2,
     "controls": ["random"],
     "spectrum": False,

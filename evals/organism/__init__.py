@@ -91,6 +91,14 @@ def scan_texts(seed: int) -> tuple[tuple[str, int], ...]:
     return tuple(texts)
 
 
+def scan_population() -> Population:
+    """`scan_texts` of the shipped organism as one body of text, for a run that has no list of what
+    must go."""
+    seed = organism_seed()
+    texts = _documents([text for text, _ in scan_texts(seed)])
+    return Population("training-like text", "reference", texts, f"passages and fresh text, {seed}")
+
+
 def _edit(seed: int) -> list[world.Item]:
     return [i for i in world.items(seed) if i.split == "edit"]
 
