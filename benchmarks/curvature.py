@@ -3,7 +3,8 @@ forward and backward pass.
 
     python benchmarks/curvature.py                        the table on a 5 M-parameter Llama, CPU
     python benchmarks/curvature.py --scaling figures      cost against tokens and targets, plotted
-    python benchmarks/curvature.py --accuracy MODEL TEXT  factor accuracy against tokens
+    python benchmarks/curvature.py --accuracy MODEL TEXT  factor accuracy against tokens; either may
+                                                          be `organism`, TEXT its kept text
     python benchmarks/curvature.py --device cuda --shape 1b --dtype bfloat16 --eigh 2048 4096 11008
 
 Rounds are interleaved: every row runs beside its own forward and backward passes, and the median of
@@ -541,7 +542,7 @@ def scaling(arguments: argparse.Namespace) -> None:
 def accuracy(arguments: argparse.Namespace) -> None:
     """How far factors of n tokens are from those of many: the token budget as a measured choice.
 
-    Error: relative, Frobenius, mean over targets. Kept: energy (trace) of the reference factor in
+    Tokens are counted ones, prompts included. Error: relative, Frobenius, mean over targets. Kept: energy (trace) of the reference factor in
     the 40 % sharpest directions of the estimate, over that in its own.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -549,11 +550,16 @@ def accuracy(arguments: argparse.Namespace) -> None:
     from curvature.eigenbases import eigenbases
     from curvature.factors import collect_factors
     from curvature.populations import load_population, split_population
+    from evals import organism
 
     model_path, text = arguments.accuracy
+    if text == "organism":
+        population = organism.material(organism.organism_seed()).heal
+    else:
+        population = load_population(text, "reference")
+    model_path = organism.MODEL if model_path == "organism" else model_path
     model = AutoModelForCausalLM.from_pretrained(model_path).to(arguments.device).eval()
     tokenizer = AutoTokenizer.from_pretrained(model_path)
-    population = load_population(text, "reference")
     parts = split_population(population, {"many": 0.7, "few": 0.3}).parts
     targets = select_targets(model)
     settings = {"width": arguments.width, "batch_size": arguments.rows, "coupled": False}
@@ -565,7 +571,9 @@ def accuracy(arguments: argparse.Namespace) -> None:
         f"reference: {next(iter(reference.values())).tokens} tokens of {text}, {len(targets)} "
         "targets"
     )
-    print("| tokens | error A | error G | kept A | kept G |\n| --- | --- | --- | --- | --- |")
+    print(
+        "| counted tokens | error A | error G | kept A | kept G |\n| --- | --- | --- | --- | --- |"
+    )
     n = 512
     while n <= arguments.tokens // 2:
         found = collect_factors(model, tokenizer, parts["few"], targets, tokens=n, **settings)

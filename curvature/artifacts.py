@@ -52,6 +52,11 @@ def model_sha256(model: nn.Module | str | Path) -> str:
     digest = hashlib.sha256()
     if isinstance(model, nn.Module):
         for name, tensor in sorted(model.state_dict().items()):
+            if tensor.device.type == "meta":
+                raise ValueError(
+                    f"{name} is offloaded, so the model cannot be hashed: load it whole, or hash "
+                    "its checkpoint folder"
+                )
             digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}\n".encode())
             flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy()
             digest.update(memoryview(flat))

@@ -126,9 +126,23 @@ def check_labels(labels: str) -> None:
 
 def device_of(model: nn.Module) -> torch.device:
     """Where inputs go: the device of the input embeddings (of the first parameter where there are
-    none)."""
+    none); where accelerate keeps their weights elsewhere, the device that it loads them to."""
     embeddings: Any = getattr(model, "get_input_embeddings", lambda: model)()
-    return next(embeddings.parameters()).device
+    device = next(embeddings.parameters()).device
+    if device.type == "meta":
+        hook: Any = getattr(embeddings, "_hf_hook", None)
+        device = torch.device(getattr(hook, "execution_device", None) or "cpu")
+    return device
+
+
+def check_in_memory(name: str, weight: torch.Tensor) -> None:
+    """Raise ValueError for a weight that `device_map` has offloaded: it can be measured, not read
+    or changed."""
+    if weight.device.type == "meta":
+        raise ValueError(
+            f"{name} is offloaded to the CPU or to disk, so its values cannot be read or changed: "
+            "give device_map more memory, or choose targets that stay in memory"
+        )
 
 
 class CausalForward:

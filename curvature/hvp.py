@@ -30,7 +30,13 @@ from torch.func import functional_call, grad, jvp
 from torch.nn import functional as F
 
 from curvature.capture import memory_advice
-from curvature.forward import CausalForward, device_of, evaluation_mode, twice_differentiable
+from curvature.forward import (
+    CausalForward,
+    check_in_memory,
+    device_of,
+    evaluation_mode,
+    twice_differentiable,
+)
 from curvature.populations import Batch
 from curvature.processes import is_distributed
 
@@ -180,6 +186,7 @@ def _names(model: nn.Module, weights: Sequence[nn.Parameter]) -> list[str]:
             raise ValueError(
                 f"a weight of shape {tuple(weight.shape)} does not belong to the model"
             )
+        check_in_memory(by_id[id(weight)], weight)
     for name, p in model.named_parameters():
         if p.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"{name} is {p.dtype}: second derivatives need the model in float32")

@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from curvature.capture import run_pass
 from curvature.eigenbases import TargetEigenbases
-from curvature.forward import CausalForward, device_of, evaluation_mode
+from curvature.forward import CausalForward, check_in_memory, device_of, evaluation_mode
 from curvature.populations import Batch, Population, batches
 from curvature.processes import is_distributed
 from curvature.targets import Target
@@ -121,6 +121,8 @@ def applied(targets: Sequence[Target], perturbation: Perturbation) -> Iterator[N
         raise ValueError(
             f"{perturbation.name} perturbs {sorted(missing)[0]}, which is not a target"
         )
+    for name, target in chosen.items():
+        check_in_memory(name, target.parameter)
     kept = {name: t.parameter.detach().clone() for name, t in chosen.items()}
     try:
         with torch.no_grad():
