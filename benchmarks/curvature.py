@@ -542,7 +542,8 @@ def scaling(arguments: argparse.Namespace) -> None:
 def accuracy(arguments: argparse.Namespace) -> None:
     """How far factors of n tokens are from those of many: the token budget as a measured choice.
 
-    Tokens are counted ones, prompts included. Error: relative, Frobenius, mean over targets. Kept: energy (trace) of the reference factor in
+    Scored tokens are what a budget counts, counted ones what enters the factors (prompts included).
+    Error: relative, Frobenius, mean over targets. Kept: energy (trace) of the reference factor in
     the 40 % sharpest directions of the estimate, over that in its own.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -568,11 +569,12 @@ def accuracy(arguments: argparse.Namespace) -> None:
     )
     own = eigenbases(reference)
     print(
-        f"reference: {next(iter(reference.values())).tokens} tokens of {text}, {len(targets)} "
-        "targets"
+        f"reference: {arguments.tokens} scored, {next(iter(reference.values())).tokens} counted "
+        f"tokens of {text}, {len(targets)} targets"
     )
     print(
-        "| counted tokens | error A | error G | kept A | kept G |\n| --- | --- | --- | --- | --- |"
+        "| scored | counted | error A | error G | kept A | kept G |\n"
+        "| --- | --- | --- | --- | --- | --- |"
     )
     n = 512
     while n <= arguments.tokens // 2:
@@ -590,7 +592,7 @@ def accuracy(arguments: argparse.Namespace) -> None:
                     energy.append(float(((truth @ top) * top).sum()))
                 figures[f"kept {side}"].append(energy[0] / energy[1])
         means = " | ".join(f"{statistics.mean(v):.4f}" for v in figures.values())
-        print(f"| {next(iter(found.values())).tokens} | {means} |", flush=True)
+        print(f"| {n} | {next(iter(found.values())).tokens} | {means} |", flush=True)
         n *= 2
 
 
