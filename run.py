@@ -666,6 +666,7 @@ AT_LEAST = {
     "candidates": 1,
     "multiple": 1,
     "cost_tokens": 1,
+    "map_tokens": 0,
     "rounds": 1,
     "heal_tokens": 0,
     "attack_steps": 0,
