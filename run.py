@@ -840,6 +840,9 @@ def measure_and_predict(run: Run) -> int:
     else:
         for layer, energy in run.stages.done["factors"].value["layers"]["values"].items():
             print(f"layer {layer}: {energy:.3g}")
+        map_stage(run, factors)
+        if "curvature-map" in run.stages.done:
+            print(f"map         {run.stages.done['curvature-map'].folder / 'stage.json'}")
         print(f"factors     {run.stages.done['factors'].folder}")
     return MET
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from curvature.artifacts import read_tensors, write_tensors
 from curvature.factors import Factors
+from curvature.targets import Target
 
 RESIDUAL = 1e-4
 """Largest accepted |M U - U diag(values)| and |U^T U - I|, relative to |M| and to sqrt(n)
@@ -154,9 +155,11 @@ def save_eigenbases(
     write_tensors(path, tensors, {"kind": "eigenbases", "index": index, **metadata})
 
 
-def load_eigenbases(path: str | Path) -> tuple[dict[str, TargetEigenbases], dict[str, Any]]:
+def load_eigenbases(
+    path: str | Path, targets: Sequence[Target] | None = None
+) -> tuple[dict[str, TargetEigenbases], dict[str, Any]]:
     """Eigenbases by target and the metadata they were saved with. Raises ValueError for a file that
-    holds none."""
+    holds none, and for one that does not fit `targets` where these are given."""
     tensors, metadata = read_tensors(path)
     if metadata.pop("kind", None) != "eigenbases":
         raise ValueError(f"{path} does not hold eigenbases")
@@ -166,4 +169,13 @@ def load_eigenbases(path: str | Path) -> tuple[dict[str, TargetEigenbases], dict
         for key in entry.values():
             bases.setdefault(key, Eigenbasis(tensors[f"{key}.values"], tensors[f"{key}.vectors"]))
         out[name] = TargetEigenbases(bases[entry["A"]], bases[entry["G"]])
+    for target in targets or ():
+        if target.name not in out:
+            raise ValueError(f"{path} holds no eigenbases of {target.name}: make them again")
+        sides = len(out[target.name].A.values), len(out[target.name].G.values)
+        if sides != (target.d_in, target.d_out):
+            raise ValueError(
+                f"{path} holds eigenbases of sides {sides[0]} and {sides[1]} for {target.name}, "
+                f"which is {target.d_out} x {target.d_in}: they belong to another model"
+            )
     return out, metadata

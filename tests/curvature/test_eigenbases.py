@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 from curvature.eigenbases import eigenbases, eigh, load_eigenbases, save_eigenbases
 from curvature.factors import Factors
+from curvature.targets import select_targets
 
 
 def random_psd(n, rank, seed=0, dtype=torch.float32):
@@ -85,3 +86,21 @@ def test_shared_factors_are_decomposed_once_and_saved_once(tmp_path, monkeypatch
         assert torch.equal(loaded[name].A.values, bases[name].A.values)
     with pytest.raises(ValueError, match="coupled factors were not collected"):
         eigenbases(factors, coupled=True)
+
+
+def test_a_cache_of_another_model_is_refused(tmp_path, make_model):
+    (target,) = select_targets(make_model("llama"), ["gate_proj"], [0])
+    path = tmp_path / "e.safetensors"
+
+    def saved(name, d_in, d_out):
+        factors = {name: Factors(random_psd(d_in, d_in), random_psd(d_out, d_out), None, None, 9)}
+        save_eigenbases(path, eigenbases(factors), {})
+
+    saved(target.name, target.d_in, target.d_out)
+    assert set(load_eigenbases(path, [target])[0]) == {target.name}
+    saved(target.name, target.d_in, target.d_out + 1)
+    with pytest.raises(ValueError, match="they belong to another model"):
+        load_eigenbases(path, [target])
+    saved("other", 4, 4)
+    with pytest.raises(ValueError, match=r"holds no eigenbases of model\.layers\.0"):
+        load_eigenbases(path, [target])

@@ -43,6 +43,26 @@ def test_a_saved_dataset_folder_loads(tmp_path):
     assert loaded.documents == (Document("a", " c"), Document("b", " d"))
 
 
+def test_a_datasets_name_is_streamed_with_its_split(tmp_path, monkeypatch):
+    """A folder of plain files goes through `datasets` by its name, as a name on the hub does."""
+    import datasets
+
+    (tmp_path / "corpus").mkdir()
+    write(tmp_path / "corpus" / "train.jsonl", [{"text": f"train {k}"} for k in range(50)])
+    write(tmp_path / "corpus" / "test.jsonl", [{"text": f"test {k}"} for k in range(5)])
+    monkeypatch.chdir(tmp_path)
+    calls = []
+    load = datasets.load_dataset
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: calls.append(k) or load(*a, **k))
+    held_out = load_population("corpus:test", "reference")
+    assert [d.text for d in held_out.documents] == [f"test {k}" for k in range(5)]
+    first = load_population("corpus", "reference", limit=3)
+    assert [d.text for d in first.documents] == ["train 0", "train 1", "train 2"]
+    assert [(k["split"], k["streaming"]) for k in calls] == [("test", True), ("train", True)]
+    with pytest.raises(ValueError, match="corpus:dev: cannot be read"):
+        load_population("corpus:dev", "reference")
+
+
 def test_limit_and_mixed_rows(tmp_path):
     rows = [{"text": "a b"}, {"prompt": "p", "answer": " q"}, {"text": "c"}]
     path = write(tmp_path / "m.jsonl", rows)
