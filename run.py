@@ -220,8 +220,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         quiet_libraries(recipe.quiet)
         from curvature.memory import is_out_of_memory
         from curvature.processes import joined, world
+        from curvature.progress import plain_warnings
 
-        with terminable(), joined(device_of(recipe)):
+        with terminable(), plain_warnings(recipe.quiet), joined(device_of(recipe)):
             try:
                 if recipe.ask is not None or recipe.run is not None:
                     return on_finished_run(recipe)
@@ -306,18 +307,13 @@ def spelled(arguments: Sequence[str]) -> list[str]:
 
 
 def quiet_libraries(quiet: bool = False) -> None:
-    """No progress bars, warnings or log lines but ours; nothing is fetched where
-    HF_HUB_OFFLINE=1. quiet: no bars of ours either."""
-    import warnings
-
+    """No progress bars or log lines but ours; nothing is fetched where HF_HUB_OFFLINE=1. quiet: no
+    bars of ours either."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if quiet or not sys.stderr.isatty() or int(os.environ.get("RANK", 0)):
         # bars are for people; a log gets one line per stage
         os.environ.setdefault("TQDM_DISABLE", "1")
-    # our own warnings are UserWarnings; what libraries say to their developers is not for users
-    for category in (DeprecationWarning, FutureWarning, PendingDeprecationWarning):
-        warnings.simplefilter("ignore", category)
     import datasets
     import transformers
 

@@ -1,9 +1,14 @@
-"""One look for every progress bar: what is done, how fast, and how long it will still take."""
+"""One look for every progress bar: what is done, how fast, and how long it will still take; and
+for every warning: one line."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+import sys
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -28,3 +33,25 @@ def bar(
         dynamic_ncols=True,
         disable=True if hidden else None,
     )
+
+
+OWN = ("curvature", "surgery", "evals", "rl", "recipes", "run.py")
+
+
+@contextmanager
+def plain_warnings(quiet: bool = False) -> Iterator[None]:
+    """Inside, each of our own warnings is one line on stderr, said once; those of libraries, which
+    speak to developers, are not shown. quiet: none at all."""
+    root, said = Path(__file__).resolve().parent.parent, set[str]()
+
+    def show(message: Warning | str, category: Any, filename: str, *_: Any, **__: Any) -> None:
+        path, text = Path(filename).resolve(), " ".join(str(message).split())
+        own = path.is_relative_to(root) and path.relative_to(root).parts[0] in OWN
+        if own and not quiet and text not in said:
+            said.add(text)
+            tqdm.write(f"note        {text}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = show
+        yield

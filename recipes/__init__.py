@@ -44,6 +44,7 @@ def fitted(
     - batch_size, judge_batch_size: rows whose activations and logits fit into a quarter of the
       memory that the weights leave (an error at run time halves them).
     - factor_tokens: 100,000, fewer where a pass would take more than ten minutes.
+    - candidates: three settings for the search, one where passes are that dear.
     - keep_neurons: 0.8, or 1 (a dense edit, same size) where the factors of all layers, which
       shrinking needs, exceed the memory.
     - heal_lr, attack_lr(s): down with the square root of the size.
@@ -69,6 +70,7 @@ def fitted(
     settings["judge_batch_size"] = min(64, _power_of_two(4 * rows))
     affordable = MEASURING_SECONDS * (FAST_FLOPS if gpu else SLOW_FLOPS) / (6 * parameters)
     settings["factor_tokens"] = int(min(100_000, max(4_000, _round_down(affordable))))
+    settings["candidates"] = 3 if affordable >= 100_000 else 1
     # kept and memorized populations in memory, plain and coupled
     settings["keep_neurons"] = 0.8 if 3 * factor_bytes < spare * 4 else 1.0
     settings["multiple"] = 64 if inner >= 1024 else 4 if inner >= 64 else 1

@@ -12,6 +12,8 @@ BACKWARD = 3.0
 """A forward and backward pass over a forward pass."""
 MEASURE = 4.0
 """The same with the products that factors need."""
+AGAIN = 0.3
+"""Share of the token budget that is measured again after a round."""
 START = 8.0
 """Seconds that imports, loading and the report take, and that every judgement adds a quarter of."""
 
@@ -46,12 +48,14 @@ def expected_seconds(recipe: Any, material: Any, speed: float, *, characters: fl
     r = recipe
     shrinks = r.keep_neurons is None or r.keep_neurons < 1
     populations = len(material.keep) + len(material.memorized)
-    measured = r.factor_tokens * (populations + shrinks * len(material.keep)) * MEASURE
+    tries = r.candidates * (r.rounds if r.method == "contrast" and r.rounds > 1 else 1)
+    again = AGAIN * populations * tries if r.method == "contrast" and r.rounds > 1 else 0.0
+    measured = r.factor_tokens * (populations + shrinks * len(material.keep) + again) * MEASURE
     test = asked_characters(material.test) / characters
     tune = asked_characters(material.tune) / characters
     arms = 4 + 2 * len(r.controls)
     attacked = 1 + len(r.controls)
-    judged = arms * test + (r.candidates + 4) * tune
+    judged = arms * test + (tries + 5) * tune
     healed = (r.heal_tokens * attacked) * BACKWARD
     attack = r.attack_steps * 2048 * BACKWARD * attacked
     tokens = measured + judged + healed + attack
@@ -84,9 +88,10 @@ def outlook(recipe: Any, model: Any, material: Any, seconds: float | None) -> li
         steps.append("predict what cuts would cost, and write no weights")
     elif not r.measure_only:
         steps.append(f"cut by {r.method}, up to {r.candidates} settings tried")
-        if r.keep_neurons is None or r.keep_neurons < 1:
-            share = "" if r.keep_neurons is None else f" but {r.keep_neurons:.0%}"
-            steps.append(f"take all{share or ' that can be spared'} of the neurons out")
+        if r.shrink is not None:
+            steps.append(f"take neurons out until {r.shrink:.0%} of the parameters are left")
+        elif r.keep_neurons is None or r.keep_neurons < 1:
+            steps.append(f"take all but {r.keep_neurons or 0.6:.0%} of the neurons out")
         if r.heal_tokens:
             steps.append(f"heal on {r.heal_tokens:,} tokens")
         if r.attack_steps:
