@@ -41,7 +41,7 @@ plan = plan_surgery(model, "contrast", {**keep, **gone}, strength=0.02, targets=
 edited = operate(model, plan, copy_model=True)
 
 # %% Then a quarter of the neurons goes for good
-neurons = plan_surgery(edited, "neurons", keep, strength=0.75)
+neurons = plan_surgery(edited, "neurons", keep, strength=0.75, score="depth")
 small = shrink(edited, neurons)
 print(f"neurons: {neurons.removed} of {neurons.total} taken out")
 print(f"parameters: {model.num_parameters():,} to {small.num_parameters():,}")

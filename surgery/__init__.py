@@ -10,7 +10,9 @@
 >>> kept = Population("reasoning", "reasoning", tuple(Document("", t) for t in texts))
 >>> targets = select_targets(model, ["mlp"])
 >>> factors = collect_factors(model, tokenizer, kept, targets, tokens=None, width=64)
->>> plan = plan_surgery(model, "neurons", {"reasoning": factors}, strength=0.75)
+>>> plan = plan_surgery(
+...     model, "neurons", {"reasoning": factors}, strength=0.75, score="depth"
+... )
 >>> plan.kind, plan.removed / plan.total
 ('neurons', 0.25)
 >>> zeroed = operate(model, plan, copy_model=True)  # the same size, removed neurons are zero
