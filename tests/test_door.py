@@ -103,7 +103,7 @@ def test_measure_only_stops_after_the_curvature(checkpoints, tmp_path, capsys):
     given = ["--model", str(checkpoints / "qwen3"), "--out", str(out), "--measure-only"]
     assert run.main([*given, *QUICK]) == 0
     assert "layer 0" in capsys.readouterr().out
-    assert {p.name for p in (out / "stages").iterdir()} == {"factors"}
+    assert {p.name for p in (out / "stages").iterdir()} == {"factors", "curvature-map"}
 
 
 def test_scan_only_finds_what_is_recited(tmp_path, capsys):
