@@ -1652,7 +1652,12 @@ def cost_stage(run: Run) -> None:
 
 def questions_of(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Questions:
     """What to teach with: the user's file, or the organism's own questions. Raises ValueError where
-    there is neither."""
+    there is neither, or the extra is not installed."""
+    from importlib.util import find_spec
+
+    missing = [name for name in ("trl", "peft", "sklearn") if find_spec(name) is None]
+    if missing:
+        raise ValueError(f"teaching needs {', '.join(missing)}: pip install -e '.[rl]'")
     from evals.organism import organism_seed
     from evals.organism.tokenizer import build_tokenizer
     from rl.organism import organism_questions

@@ -1,0 +1,88 @@
+"""Do the updates of reinforcement learning write memory back? How much of the weights' displacement
+falls on the components that serve the memorized population, and a projection that forbids it.
+
+In the contrast bases of a target (`surgery.heal.Gate`) a displacement D = V_G E V_A^T passes as
+E_ij / (1 + t gamma_i alpha_j), with gamma, alpha large where the memorized text bends the loss and
+the kept text does not. The share on memory is |D - passed(D)|^2 / |D|^2, summed over targets;
+beside it stands the share of a random displacement of the same size, which is what chance gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from curvature.factors import Factors
+from curvature.targets import Target, select_targets
+from surgery.heal import Gate
+
+
+class Watch:
+    """Follows a policy's weights from where they are now.
+
+    hold: also take off, after every step, the part of the step that falls on memory. Raises
+    ValueError for a policy with adapters: its displacement is not in its weights.
+    """
+
+    def __init__(
+        self,
+        policy: Any,
+        names: Sequence[str],
+        keep: Mapping[str, Factors],
+        memorized: Mapping[str, Factors],
+        *,
+        t: float = 1.0,
+        hold: bool = False,
+        seed: int = 0,
+    ) -> None:
+        if hasattr(policy, "disable_adapter"):
+            raise ValueError(
+                "the updates of a model with LoRA adapters cannot be watched: train all weights"
+            )
+        self.targets: list[Target] = select_targets(policy, tuple(names))
+        self.gate = Gate(self.targets, keep, memorized, t)
+        self.start = {x.name: x.weight.detach().float().clone() for x in self.targets}
+        self.hold = hold
+        self.random = torch.Generator().manual_seed(seed)
+
+    def after_step(self) -> None:
+        """Called after every optimizer step."""
+        if self.hold:
+            self.gate.apply()
+
+    def share(self) -> float:
+        """Share of the displacement so far that falls on memory, in [0, 1]; 0 without one."""
+        return self._share(
+            {x.name: x.weight.detach().float() - self.start[x.name] for x in self.targets}
+        )
+
+    def by_chance(self) -> float:
+        """The same share of a Gaussian displacement."""
+        return self._share(
+            {
+                name: torch.randn(w.shape, generator=self.random).to(w.device)
+                for name, w in self.start.items()
+            }
+        )
+
+    def _share(self, moved: Mapping[str, torch.Tensor]) -> float:
+        on_memory = sum(
+            float((d - self.gate.passed(n, d)).square().sum()) for n, d in moved.items()
+        )
+        total = sum(float(d.square().sum()) for d in moved.values())
+        return on_memory / total if total else 0.0
+
+
+def watching(
+    names: Sequence[str],
+    keep: Mapping[str, Factors],
+    memorized: Mapping[str, Factors],
+    *,
+    t: float = 1.0,
+    hold: bool = False,
+) -> Callable[[Any], Watch]:
+    """For `teach(..., watch=watching(("mlp",), keep, memorized))`: factors of the kept and of the
+    memorized population, measured on the model that is taught. hold: forbid what is watched."""
+    return lambda policy: Watch(policy, names, keep, memorized, t=t, hold=hold)

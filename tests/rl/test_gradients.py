@@ -1,0 +1,72 @@
+"""Updates on what surgery removed: seen, and held off."""
+
+import pytest
+import torch
+
+from curvature.factors import Factors
+from curvature.targets import select_targets
+from rl.gradients import Watch, watching
+
+NAME = "model.layers.0.mlp.up_proj"
+
+
+def factors(targets, direction, weight):
+    """Identity factors; where `direction` is given, that input direction is `weight` times as sharp
+    (on every output)."""
+    out = {}
+    for t in targets:
+        a, g = torch.eye(t.d_in), torch.eye(t.d_out)
+        a = a + (weight - 1) * torch.outer(direction, direction)
+        out[t.name] = Factors(a, g, None, None, 100)
+    return out
+
+
+@pytest.fixture
+def watch(tiny_llama):
+    targets = select_targets(tiny_llama, (NAME,))
+    direction = torch.nn.functional.normalize(torch.arange(1.0, targets[0].d_in + 1), dim=0)
+    keep, memory = factors(targets, direction, 1.0), factors(targets, direction, 1e6)
+    small = {n: Factors(f.A * 1e-3, f.G, None, None, 100) for n, f in memory.items()}
+    return tiny_llama, direction, lambda **kw: watching((NAME,), keep, small, **kw)(tiny_llama)
+
+
+def moved(model, direction, along):
+    weight = model.get_submodule(NAME).weight
+    with torch.no_grad():
+        step = torch.randn(weight.shape[0], 1, generator=torch.Generator().manual_seed(0))
+        other = torch.zeros_like(direction)
+        other[0], other[1] = direction[1], -direction[0]
+        other = torch.nn.functional.normalize(other, dim=0)
+        weight += step @ (direction if along else other)[None]
+
+
+def test_a_step_on_memory_counts_and_another_does_not(watch):
+    model, direction, build = watch
+    on, off = build(), build()
+    assert on.share() == 0.0
+    moved(model, direction, along=True)
+    assert on.share() > 0.95
+    rest = build()
+    moved(model, direction, along=False)
+    assert rest.share() < 0.05
+    assert 0 < off.by_chance() < 0.3
+
+
+def test_held_updates_stay_off_memory(watch):
+    model, direction, build = watch
+    held = build(hold=True)
+    before = model.get_submodule(NAME).weight.detach().clone()
+    moved(model, direction, along=True)
+    moved(model, direction, along=False)
+    held.after_step()
+    change = model.get_submodule(NAME).weight.detach() - before
+    assert (change @ direction).norm() < 0.05 * change.norm()
+    assert change.norm() > 0.5
+
+
+def test_adapters_cannot_be_watched(tiny_llama):
+    from peft import LoraConfig, get_peft_model
+
+    policy = get_peft_model(tiny_llama, LoraConfig(r=2, target_modules="all-linear"))
+    with pytest.raises(ValueError, match="LoRA"):
+        Watch(policy, (NAME,), {}, {})
