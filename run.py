@@ -5,6 +5,8 @@ has forgotten what it recites and still reasons, with a report that proves it.
     python run.py --model M                          # any causal model; built-in texts stand in
     python run.py --model M --memorized F --reasoning F --reference F
     python run.py --config runs/organism/recipe.yaml # replay
+    python run.py --evals-only A B                   # judge two checkpoints, no surgery
+    python run.py --compare runA runB                # finished runs side by side
     python run.py --ask "..." --run runs/organism    # base and edited side by side
 
 Exit status: 0 goals met, 1 goals not met (the report is there), 2 bad input, 130 interrupted.
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from curvature.targets import Target
     from evals.evalset import Material
     from evals.outcome import Goal
+    from evals.reasoning import Benchmarks
     from evals.verdict import Verdict
     from rl.questions import Questions
     from rl.teach import Teaching
@@ -44,13 +47,14 @@ if TYPE_CHECKING:
     from surgery.search import Goals, Outcome
 
 MET, NOT_MET, BAD_INPUT, LOST, INTERRUPTED = 0, 1, 2, 3, 130
-ATTACK_TOKENS = 16 * 128
-"""Tokens per step of the relearning attack."""
+ATTACK_TOKENS = 8 * 128
+"""Tokens per step of a relearning attack."""
 ROUND_SHARE = 0.3
 """Share of the token budget for measuring again after a round."""
 ORGANISM_RECIPE = Path(__file__).parent / "recipes" / "organism.yaml"
 NOT_SAVED = tuple(
-    "update quiet teach_only scan_only measure_only plan_only ask run push_to_hub stated".split()
+    "update quiet teach_only scan_only measure_only plan_only ask run push_to_hub stated "
+    "compare".split()
 )
 """Settings that say what to do with a recipe: no part of it, and no reason to run a stage again."""
 
@@ -74,6 +78,11 @@ class Recipe:
         prefix_tokens: Tokens of a memorized text that are given.
         suffix_tokens: Tokens after them that must be recited.
         problems: Problems per task for the judge.
+        tasks: Tasks of lm-eval for the judge: presets (closed-book, open-book, arithmetic, logic,
+            recitation, language) or lm-eval's own names.
+        num_fewshot: Examples before each question of `tasks`; the task's own number by default.
+        limit: Documents per task of `tasks`; all by default.
+        apply_chat_template: Ask `tasks` through the tokenizer's chat template.
         targets: Weight matrices to edit: `mlp`, `attention`, `gate_proj`, a regular expression.
         layers: Layers to edit and shrink, such as `3-5`; all by default.
         factor_tokens: Scored tokens per population for the curvature factors.
@@ -105,8 +114,9 @@ class Recipe:
             same healing.
         map_tokens: Scored tokens per population for the map of component groups; 0 for no map.
         cost_tokens: Scored tokens per population for the predicted and the measured cost.
-        attack_steps: Steps of the relearning attack; 0 for none.
-        attack_lr: Learning rate of the relearning attack.
+        attack_steps: Steps of each relearning attack; 0 for none.
+        attack_lrs: Learning rates of the relearning attack on the edited model.
+        attack_everyone: Attack the base and all controls at every rate, not at the middle one only.
         spectrum: Whether to run PyHessian on the middle layer's down projection.
         seed: Seed of every draw.
         device: Where to compute.
@@ -127,6 +137,8 @@ class Recipe:
         push_to_hub: Upload the checkpoint with its card to this repository, user/name.
         stated: Settings that were given by hand or by a file; all others may be fitted to the
             model.
+        evals_only: Two checkpoints to judge and attack as base and edited, without surgery.
+        compare: Finished run folders to table side by side.
     """
 
     model: str = "organism"
@@ -139,6 +151,10 @@ class Recipe:
     prefix_tokens: int = 64
     suffix_tokens: int = 48
     problems: int = 200
+    tasks: tuple[str, ...] = ()
+    num_fewshot: int | None = None
+    limit: int | None = None
+    apply_chat_template: bool = False
     targets: tuple[str, ...] = ("mlp",)
     layers: str | None = None
     factor_tokens: int = 100_000
@@ -164,8 +180,9 @@ class Recipe:
     controls: tuple[str, ...] = ("random", "magnitude")
     map_tokens: int = 400
     cost_tokens: int = 2_000
-    attack_steps: int = 120
-    attack_lr: float = 3e-4
+    attack_steps: int = 100
+    attack_lrs: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
+    attack_everyone: bool = False
     spectrum: bool = True
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -191,6 +208,19 @@ class Recipe:
         values = dataclasses.asdict(self)
         plain = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
         return {k: v for k, v in plain.items() if k not in NOT_SAVED}
+
+    evals_only: tuple[str, ...] = ()
+    compare: tuple[str, ...] = ()
+
+    @property
+    def patient(self) -> str:
+        """The checkpoint that is operated on, or the first of two that are only judged."""
+        return self.evals_only[0] if self.evals_only else self.model
+
+    @property
+    def middle_lr(self) -> float:
+        """The learning rate of the relearning attack that every arm is given."""
+        return sorted(self.attack_lrs)[len(self.attack_lrs) // 2]
 
 
 @dataclass(frozen=True)
@@ -276,7 +306,9 @@ def parse(arguments: Sequence[str] | None = None) -> Recipe:
     parser.add_argument(
         "--config", action=ActionConfigFile, help="A recipe file, such as recipes/organism.yaml."
     )
-    parser.add_class_arguments(Recipe, skip={"stated"})
+    parser.add_class_arguments(Recipe, skip={"stated", "evals_only", "compare"})
+    parser.add_argument("--evals_only", nargs=2, help="Two checkpoints to judge, no surgery.")
+    parser.add_argument("--compare", nargs="+", help="Finished run folders, side by side.")
     given = spelled(sys.argv[1:] if arguments is None else arguments)
     if not any(a.split("=")[0] in ("--config", "--model") for a in given):
         given = ["--config", str(ORGANISM_RECIPE), *given]
@@ -286,8 +318,11 @@ def parse(arguments: Sequence[str] | None = None) -> Recipe:
         files = [a.removeprefix("--config=") for a in given if a.startswith("--config=")]
         raise ValueError(f"{' '.join([*files, str(error)])} (see --help)") from error
     stated = {f.name: found[f.name] for f in dataclasses.fields(Recipe) if f.name in found}
+    for several in {"evals_only", "compare"} & set(stated):
+        stated[several] = tuple(stated[several] or ())
     recipe = Recipe(**stated, stated=tuple(stated))
-    return dataclasses.replace(recipe, out=recipe.out or f"runs/{Path(recipe.model).name}")
+    name = "-".join(Path(model).name for model in recipe.evals_only or (recipe.model,))
+    return dataclasses.replace(recipe, out=recipe.out or f"runs/{name}")
 
 
 def spelled(arguments: Sequence[str]) -> list[str]:
@@ -337,7 +372,7 @@ def on_finished_run(recipe: Recipe) -> int:
     if not (checkpoint / "config.json").is_file():
         raise ValueError(f"{checkpoint}: expected the checkpoint of a finished run")
     if recipe.ask is not None:
-        ask(recipe, recipe.ask, path_of(dataclasses.replace(recipe, model=trained)), checkpoint)
+        ask(recipe, recipe.ask, path_of(trained), checkpoint)
     if recipe.push_to_hub is not None:
         print(f"uploaded    {push_to_hub(checkpoint, recipe.push_to_hub)}")
     if recipe.ask is None and recipe.push_to_hub is None:
@@ -422,12 +457,11 @@ class Run:
     folder: Path
     labels: dict[str, Labels] = dataclasses.field(default_factory=dict)
     """Whose gradients were measured, by population."""
+    other: PreTrainedTokenizerBase | None = None
 
-    def stored_bytes(self, model: PreTrainedModel) -> int:
-        """Size of the model's weights in the dtype that the patient was stored in, bytes."""
-        from evals.speed import count_parameters
-
-        return count_parameters(model) * self.patient.dtype.itemsize
+    def tokenizer(self, arm: str) -> PreTrainedTokenizerBase:
+        """The tokenizer of an arm; only where two checkpoints are judged may they differ."""
+        return self.other or self.patient.tokenizer if arm == "edited" else self.patient.tokenizer
 
     @property
     def keep_neurons(self) -> float:
@@ -445,11 +479,11 @@ class Run:
         return {"model": self.patient.sha256, "material": self.patient.material.sha256}
 
 
-def path_of(recipe: Recipe) -> str | Path:
+def path_of(model: str) -> str | Path:
     """Where the model is: a folder or a hub name. Raises ValueError for a folder without one."""
     from evals import organism
 
-    path: str | Path = organism.MODEL if recipe.model == "organism" else recipe.model
+    path: str | Path = organism.MODEL if model == "organism" else model
     local = Path(path).exists() or str(path).startswith((".", "/"))
     if local and not (Path(path) / "config.json").exists():
         raise ValueError(f"{path}: expected a folder with config.json, weights and a tokenizer")
@@ -480,7 +514,7 @@ def fit(recipe: Recipe) -> Recipe:
     from curvature.targets import mlp_blocks
     from recipes import fitted
 
-    path = path_of(recipe)
+    path = path_of(recipe.model)
     if recipe.model == "organism":
         return recipe
     file = Path(str(recipe.out)) / "recipe.yaml"
@@ -508,7 +542,9 @@ def work_of(recipe: Recipe) -> Work:
 
     r = recipe
     arms, kept = 3 + 2 * len(r.controls), 0.6 if r.keep_neurons is None else r.keep_neurons
-    attacked = (1 + len(r.controls)) * r.attack_steps * ATTACK_TOKENS
+    rates = len(r.attack_lrs)
+    runs = 1 + rates + (2 + len(r.controls)) * (rates if r.attack_everyone else 1) + 2
+    attacked = runs * r.attack_steps * ATTACK_TOKENS
     return Work(
         width=r.width,
         batch_size=r.batch_size,
@@ -549,14 +585,17 @@ def look_for_room(recipe: Recipe, path: str | Path, device: str) -> dict[str, An
     return {"device_map": "auto"} if needed.memory > torch.cuda.mem_get_info()[0] else {}
 
 
-def load_model(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, torch.dtype]:
-    """Model and tokenizer on their device, ready to be read; and the dtype as it was stored."""
+def load_model(
+    recipe: Recipe, model_name: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, torch.dtype]:
+    """Model (the patient, or the one named) and tokenizer on their device, ready to be read; and
+    the dtype as it was stored."""
     import torch
 
     from curvature.checkpoint import read_checkpoint
 
-    path, device = path_of(recipe), device_of(recipe)
-    spread = look_for_room(recipe, path, device)
+    path, device = path_of(model_name or recipe.patient), device_of(recipe)
+    spread = {} if model_name else look_for_room(recipe, path, device)
     model, tokenizer = read_checkpoint(path, recipe.trust_remote_code, **spread)
     dtype = model.dtype
     # Half precision has no fast kernels on most CPUs, and second derivatives need fp32 in any case.
@@ -573,17 +612,25 @@ def load(recipe: Recipe) -> Patient:
     from curvature.targets import mlp_blocks, select_targets
     from evals import organism
     from evals.evalset import material_from_files
+    from evals.organism.tokenizer import build_tokenizer
+    from evals.reasoning import check_benchmarks
     from evals.standins import standin_material
     from recipes import context_of
     from surgery.export import check_exportable
 
-    standins = recipe.model != "organism" and not recipe.memorized
-    if recipe.model != "organism" and bool(recipe.memorized) != bool(recipe.reasoning):
+    of_the_organism = recipe.model == "organism" and recipe.memorized in (None, "scan")
+    own_texts = bool(recipe.memorized) and not of_the_organism
+    if own_texts != bool(recipe.reasoning):
         raise ValueError(
             f"--model {recipe.model} needs both --memorized (text that must go) and --reasoning "
             "(text that must stay), or neither: then built-in texts stand in"
         )
     model, tokenizer, dtype = load_model(recipe)
+    # the world's texts are for models of that world: others are asked the built-in ones
+    of_the_world = tokenizer.get_vocab() == build_tokenizer().get_vocab()
+    standins = not own_texts and not (recipe.model == "organism" and of_the_world)
+    if recipe.tasks:
+        check_benchmarks(benchmarks(recipe), tokenizer)
     context = context_of(model.config)
     if recipe.prefix_tokens + recipe.suffix_tokens + 1 > context:
         raise ValueError(
@@ -594,9 +641,10 @@ def load(recipe: Recipe) -> Patient:
         raise ValueError(
             f"--width {recipe.width} is longer than the context of {recipe.model}, {context} tokens"
         )
-    check_exportable(model)
-    select_targets(model, recipe.targets, recipe.layers)
-    mlp_blocks(model, recipe.layers)
+    if not recipe.evals_only:
+        check_exportable(model)
+        select_targets(model, recipe.targets, recipe.layers)
+        mlp_blocks(model, recipe.layers)
     memorized: str | Population = str(recipe.memorized)
     reference: str | Population = recipe.reference or str(recipe.reasoning)
     if recipe.memorized == "scan":
@@ -615,7 +663,7 @@ def load(recipe: Recipe) -> Patient:
             batch_size=recipe.judge_batch_size,
             progress="scan",
         )
-    if recipe.model == "organism":
+    if not own_texts and not standins:
         seed = organism.organism_seed()
         material = organism.material(seed, families=recipe.families, problems=recipe.problems)
         if isinstance(memorized, Population):
@@ -649,6 +697,13 @@ def load(recipe: Recipe) -> Patient:
         for _ in batches(population, tokenizer, width=recipe.width, batch_size=recipe.batch_size):
             pass
     return Patient(model, tokenizer, material, model_sha256(model), dtype)
+
+
+def benchmarks(recipe: Recipe) -> Benchmarks:
+    """Tasks of lm-eval by name, as the recipe asks for them."""
+    from evals.reasoning import Benchmarks
+
+    return Benchmarks(recipe.tasks, recipe.num_fewshot, recipe.limit, recipe.apply_chat_template)
 
 
 AT_LEAST = {
@@ -770,9 +825,14 @@ def operate_on(asked: Recipe) -> int:
     from curvature.stages import Stages, locked
     from surgery.publish import check_repository
 
+    if asked.compare:
+        return from_main(lambda: compare_runs(asked.compare))
     started = time.perf_counter()
     if asked.push_to_hub is not None:
         check_repository(asked.push_to_hub)
+    if asked.evals_only:
+        check(asked)
+        return evaluate_only(asked, started)
     recipe = from_main(lambda: fit(asked))
     check(recipe)
     patient = load(recipe)
@@ -786,6 +846,7 @@ def operate_on(asked: Recipe) -> int:
         if recipe.measure_only or recipe.plan_only:
             return measure_and_predict(run)
         judge_stage(run, "base", patient.model)
+        attack_stage(run, "base", patient.model)
         spectrum_stage(run)
         factors = factors_stage(run, "factors", patient.model)
         map_stage(run, factors)
@@ -881,23 +942,73 @@ def prediction_stage(run: Run, factors: dict[str, dict[str, Factors]]) -> list[d
     return run.stages.run("prediction", depends, compute).value
 
 
+def evaluate_only(recipe: Recipe, started: float) -> int:
+    """Two checkpoints as base and edited: judged, attacked, reported; nothing is cut."""
+    from curvature.processes import from_main
+    from curvature.stages import Stages, locked
+
+    patient = load(recipe)
+    edited, tokenizer, _ = load_model(recipe, recipe.evals_only[1])
+    folder = from_main(lambda: run_folder(recipe))
+    with locked(folder):
+        from_main(lambda: save_recipe(recipe, folder))
+        say = silence if recipe.quiet else announce
+        run = Run(recipe, patient, Stages(folder, say), folder, other=tokenizer)
+        for arm, model in (("base", patient.model), ("edited", edited)):
+            judge_stage(run, arm, model)
+            attack_stage(run, arm, model)
+        speed_stage(run, edited)
+        samples_stage(run, edited)
+
+        def concluded() -> int:
+            verdict = conclude(run, edited, None, time.perf_counter() - started)
+            goals = judged_goals(verdict, recipe)
+            show(verdict, goals, folder, recipe.quiet)
+            return goals_met(goals)
+
+        return from_main(concluded)
+
+
+def compare_runs(folders: Sequence[str]) -> int:
+    """The numbers of several finished runs, one column each."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from evals.report import runs_table
+
+    runs = runs_table(folders)
+    table = Table(*runs.columns, box=None)
+    for row in runs.rows:
+        table.add_row(*row)
+    Console(soft_wrap=not sys.stdout.isatty()).print(table)
+    return 0
+
+
 def judge_stage(run: Run, arm: str, model: PreTrainedModel) -> None:
-    """Ask a model everything in the test split."""
+    """Ask a model everything in the test split, and read it beside the base."""
     from curvature.artifacts import model_sha256
     from evals.judge import judge
 
     r, test = run.recipe, run.patient.material.test
+    tokenizer = run.tokenizer(arm)
+    same_words = tokenizer.get_vocab() == run.patient.tokenizer.get_vocab()
     depends = {
-        "judged": model_sha256(model),
+        "base": run.patient.sha256,
         "test": test.sha256,
+        "judged": model_sha256(model),
+        "tokens": tokenizer.get_vocab(),
         "width": r.width,
+        "benchmarks": benchmarks(r),
     }
 
     def compute(_: Path) -> Any:
         judgement = judge(
             model,
-            run.patient.tokenizer,
+            tokenizer,
             test,
+            # another vocabulary has other events: no divergence from it
+            base=run.patient.model if arm != "base" and same_words else None,
+            benchmarks=benchmarks(r) if r.tasks else None,
             batch_size=r.judge_batch_size,
             width=r.width,
             progress=arm,
@@ -1480,7 +1591,7 @@ def reloaded(run: Run, stage: Stage) -> PreTrainedModel:
 def shrink_stage(run: Run, name: str, model: PreTrainedModel, ranking: str) -> PreTrainedModel:
     """Take the lowest-ranked neurons out for good, and refit what stays on the kept populations."""
     from curvature.artifacts import model_sha256
-    from evals.speed import count_parameters
+    from curvature.targets import count_parameters
     from surgery.plan import save_plan
     from surgery.rankings import RANKINGS, plan_surgery
     from surgery.repair import refit
@@ -1558,45 +1669,75 @@ def heal_stage(run: Run, name: str, model: PreTrainedModel) -> PreTrainedModel:
 
 
 def attack_stage(run: Run, arm: str, model: PreTrainedModel) -> None:
-    """Relearning: fine-tune a copy on the edit split's memories and see whether the held-out ones
-    come back."""
+    """Would the forgotten come back? Fine-tune copies on the edit split's memories and on unrelated
+    text, and score the held-out memories; round, sample and prompt without training."""
     from curvature.artifacts import model_sha256
-    from evals.attacks import relearn
+    from evals.attacks import MEMORIES, UNRELATED, Curve, relearn, robustness, row_width
 
-    r, material = run.recipe, run.patient.material
+    r, material, tokenizer = run.recipe, run.patient.material, run.tokenizer(arm)
     if not r.attack_steps:
         return
-    groups = {"held out": [(i.prompt, i.target) for i in material.test.headline()]}
-    never = [(i.prompt, i.target) for i in material.test.memories if i.exposure == 0 and i.targeted]
+    groups = {"held out": list(material.test.headline())}
+    never = [i for i in material.test.memories if i.exposure == 0 and i.targeted]
     if never:
         groups["never seen"] = never
-    depends = {"attacked": model_sha256(model), "material": material.sha256}
-    depends |= {k: getattr(r, k) for k in ("attack_steps", "attack_lr", "seed", "judge_batch_size")}
-
-    tokenizer = run.patient.tokenizer
-    prompted = [d.text for d in material.relearn.documents if d.prompt]
-    longest = max((len(tokenizer(text)["input_ids"]) + 1 for text in prompted), default=0)
-    width = 128 if longest <= 128 else r.width
+    pairs = {name: [(i.prompt, i.target) for i in items] for name, items in groups.items()}
+    depends = {"attacked": model_sha256(model), "material": material.sha256, "seed": r.seed}
+    names = ("attack_steps", "attack_lrs", "attack_everyone", "width")
+    training = {**depends, **{k: getattr(r, k) for k in names}}
+    every_rate = arm == "edited" or r.attack_everyone
+    shown = [
+        (
+            dataclasses.replace(material.relearn, name=MEMORIES),
+            r.attack_lrs if every_rate else (r.middle_lr,),
+        )
+    ]
+    examined = arm in ("base", "edited", *control_arms(r)[:1])
+    if examined:
+        shown.append((dataclasses.replace(material.heal, name=UNRELATED), (r.middle_lr,)))
 
     def compute(_: Path) -> Any:
-        curves = relearn(
-            model,
-            run.patient.tokenizer,
-            material.relearn,
-            groups,
-            arm=arm,
-            lrs=(r.attack_lr,),
-            steps=r.attack_steps,
-            every=max(1, r.attack_steps // 4),
-            batch_size=max(1, ATTACK_TOKENS // width),
-            width=width,
-            judge_batch_size=r.judge_batch_size,
-            seed=r.seed,
-            progress=f"attack {arm}",
-        )
+        curves: list[Curve] = []
+        for population, lrs in shown:
+            width = row_width(population, tokenizer, r.width)
+            curves += relearn(
+                model,
+                tokenizer,
+                population,
+                pairs,
+                arm=arm,
+                lrs=lrs,
+                steps=r.attack_steps,
+                every=max(1, r.attack_steps // 2),
+                batch_size=max(1, ATTACK_TOKENS // width),
+                width=width,
+                judge_batch_size=r.judge_batch_size,
+                seed=r.seed,
+                progress=f"attack {arm}",
+            )
         return [{**dataclasses.asdict(c), "area": c.area} for c in curves]
 
-    run.stages.run(f"attack-{arm}", depends, compute)
+    def without_training(_: Path) -> Any:
+        rows = robustness(
+            model,
+            tokenizer,
+            groups,
+            arm=arm,
+            neighbours={p.name: [d.text for d in p.documents] for p in material.memorized},
+            delimiter=material.test.separator,
+            batch_size=r.judge_batch_size,
+            seed=r.seed,
+        )
+        return [dataclasses.asdict(row) for row in rows]
+
+    run.stages.run(f"attack-{arm}", training, compute)
+    if examined:
+        run.stages.run(f"robustness-{arm}", depends, without_training)
+
+
+def control_arms(recipe: Recipe) -> list[str]:
+    """Names of the controls as arms of the run."""
+    return [f"control-{name}" for name in recipe.controls]
 
 
 def cost_stage(run: Run) -> None:
@@ -1761,7 +1902,7 @@ def samples_stage(run: Run, edited: PreTrainedModel) -> None:
     from curvature.artifacts import model_sha256
     from evals.generation import generate
 
-    test, tokenizer = run.patient.material.test, run.patient.tokenizer
+    test = run.patient.material.test
     shown: list[tuple[str, str, str]] = []
     for family in dict.fromkeys(item.family for item in test.headline()):
         first = [item for item in test.headline() if item.family == family][:3]
@@ -1769,17 +1910,16 @@ def samples_stage(run: Run, edited: PreTrainedModel) -> None:
     shown += [(name, d[0].prompt, d[0].answer) for name, d in test.tasks.items() if d[0].prompt]
 
     def compute(_: Path) -> Any:
-        lengths = [
-            len(tokenizer(target, add_special_tokens=False)["input_ids"]) for _, _, target in shown
-        ]
-        prompts = [prompt for _, prompt, _ in shown]
-        said = {
-            arm: [
-                tokenizer.decode(tries[0])
-                for tries in generate(model, tokenizer, prompts, new_tokens=lengths)
+        said = {}
+        for arm, model in (("base", run.patient.model), ("edited", edited)):
+            tokenizer = run.tokenizer(arm)
+            lengths = [
+                len(tokenizer(target, add_special_tokens=False)["input_ids"])
+                for _, _, target in shown
             ]
-            for arm, model in (("base", run.patient.model), ("edited", edited))
-        }
+            prompts = [prompt for _, prompt, _ in shown]
+            written = generate(model, tokenizer, prompts, new_tokens=lengths)
+            said[arm] = [tokenizer.decode(tries[0]) for tries in written]
         return [
             {"kind": kind, "prompt": prompt, "target": target, "base": before, "edited": after}
             for (kind, prompt, target), before, after in zip(
@@ -1794,19 +1934,17 @@ def samples_stage(run: Run, edited: PreTrainedModel) -> None:
 
 
 def export_checkpoint(
-    run: Run, edited: PreTrainedModel, verdict: Verdict, name: str = "checkpoint"
+    run: Run, edited: PreTrainedModel, name: str = "checkpoint"
 ) -> dict[str, int]:
     """`checkpoint/` or `taught/`: an ordinary Hugging Face folder, loaded back and compared before
-    it stands."""
-    from evals.card import model_card
+    it stands. Its model card is written with the verdict, which counts the bytes of these files."""
     from surgery.export import export
 
-    card = model_card(run.recipe.model, verdict)
     return export(
         edited,
         run.patient.tokenizer,
         run.folder / name,
-        card,
+        "",
         dtype=run.patient.dtype,
         overwrite=True,
         trust_remote_code=run.recipe.trust_remote_code,
@@ -1818,75 +1956,71 @@ def conclude(
 ) -> Verdict:
     """Verdict, checkpoint, `results.json` and report from the finished stages."""
     from curvature.stages import peak_memory
-    from evals.attacks import Curve
+    from evals.attacks import MEMORIES, UNRELATED, Curve
+    from evals.card import model_card
     from evals.judge import Judgement
+    from evals.recall import forms_section
     from evals.report import write_report
-    from evals.speed import Speed
-    from evals.verdict import (
-        Control,
-        judgement_section,
-        reach_verdict,
-        reasoning_share,
-        recall_share,
-        relearned_share,
-        write_results,
-    )
+    from evals.speed import Speed, stored_bytes
+    from evals.verdict import control, judgement_section, reach_verdict, write_results
 
     r, done, test = run.recipe, run.stages.done, run.patient.material.test
-    judged = {
-        name[6:]: Judgement.from_json(stage.value)
-        for name, stage in done.items()
-        if name.startswith("judge-")
-    }
+    judged = {k: Judgement.from_json(v) for k, v in values_of(done, "judge-").items()}
     curves = {
-        name[7:]: [Curve(**{k: v for k, v in c.items() if k != "area"}) for c in stage.value]
-        for name, stage in done.items()
-        if name.startswith("attack-")
+        arm: [Curve(**{k: v for k, v in c.items() if k != "area"}) for c in rows]
+        for arm, rows in values_of(done, "attack-").items()
     }
     speed = Speed(**done["speed"].value)
     base, final = judged["base"], judged["edited"]
-
-    def value(interval: Any) -> float | None:
-        return None if interval is None else interval.value
-
-    parameters = {
-        name: done[f"control-{name}"].value["parameters"]
-        if f"control-{name}" in done
-        else speed.parameters_base
-        for name in r.controls
-    }
-    controls = []
-    for name in r.controls:
-        healed, unhealed = judged[f"control-{name}"], judged[f"control-{name}-unhealed"]
-        controls.append(
-            Control(
-                name,
-                value(recall_share(test, base, healed)),
-                value(reasoning_share(test, base, healed)),
-                parameters[name] / speed.parameters_base,
-                value(relearned_share(test, base, curves.get(f"control-{name}", []), "held out")),
-                value(reasoning_share(test, base, unhealed)),
-                healed.perplexity / base.perplexity,
-            )
+    # the attacks that every arm was given
+    rates = r.attack_lrs if r.attack_everyone else (r.middle_lr,)
+    matched = [(MEMORIES, lr) for lr in rates]
+    controls = [
+        control(
+            arm.removeprefix("control-"),
+            test,
+            base,
+            judged[arm],
+            judged[f"{arm}-unhealed"],
+            [c for c in curves.get(arm, []) if c.shown != UNRELATED],
+            done[arm].value["parameters"] / speed.parameters_base if arm in done else 1.0,
         )
-    written = {"bytes": run.stored_bytes(edited), "base": run.stored_bytes(run.patient.model)}
+        for arm in control_arms(r)
+        if arm in judged
+    ]
+    exported = (
+        {"bytes": stored_bytes(path_of(r.evals_only[1]))}
+        if r.evals_only
+        else export_checkpoint(run, edited)
+    )
     verdict = reach_verdict(
         test,
         base,
         final,
-        before_healing=judged["shrunk"],
+        before_healing=judged.get("shrunk"),
         curves=curves.get("edited", []),
+        matched=matched,
         speed=speed,
-        bytes_base=written["base"],
-        bytes_edited=written["bytes"],
+        bytes_base=stored_bytes(path_of(r.patient)),
+        bytes_edited=exported["bytes"],
         controls=controls,
         seconds_total=sum(stage.seconds for stage in done.values() if stage.reused) + seconds,
         peak_memory_bytes=max(peak_memory(), *(stage.peak_memory for stage in done.values())),
         teaching=done["teach"].value["numbers"] if "teach" in done else None,
     )
-    exported = export_checkpoint(run, edited, verdict)
     if taught is not None:
-        export_checkpoint(run, taught, verdict, "taught")
+        export_checkpoint(run, taught, "taught")
+    for name in () if r.evals_only else ("checkpoint", "taught")[: 1 if taught is None else 2]:
+        (run.folder / name / "README.md").write_text(model_card(r.model, verdict))
+    names = [n for n in ("strength", "cost", "spectrum") if n in done]
+    stored: dict[str, Any] = {name: done[name].value for name in names}
+    if "curvature-map" in done:
+        stored["curvature_map"] = done["curvature-map"].value
+    if "teach" in done:
+        stored["teaching"] = done["teach"].value
+    if "factors" in done:
+        stored["curvature"] = done["factors"].value["eigenvalues"]
+        stored["layers"] = done["factors"].value["layers"]
     record = write_results(
         run.folder / "results.json",
         verdict,
@@ -1894,27 +2028,10 @@ def conclude(
         provenance=provenance(run),
         texts=list(run.patient.material.notes),
         judgement=judgement_section(test, base, final),
-        arms={
-            name: {
-                "recall": j.recall(test),
-                "reasoning": j.reasoning(test),
-                "arithmetic": j.aside(test),
-                "listed": j.knowledge(True),
-                "unlisted": j.knowledge(False),
-                "perplexity": j.perplexity,
-            }
-            for name, j in judged.items()
-        },
-        attacks=[
-            c for name, stage in done.items() if name.startswith("attack-") for c in stage.value
-        ],
-        curvature=done["factors"].value["eigenvalues"],
-        layers=done["factors"].value["layers"],
-        curvature_map=done["curvature-map"].value if "curvature-map" in done else {},
-        spectrum=done["spectrum"].value if "spectrum" in done else {},
-        strength=done["strength"].value,
-        cost=done["cost"].value if "cost" in done else [],
-        teaching=done["teach"].value if "teach" in done else {},
+        arms={name: j.figures(test) for name, j in judged.items()},
+        forms=forms_section(base.forms, final.forms),
+        attacks=[c for rows in values_of(done, "attack-").values() for c in rows],
+        robustness=[row for rows in values_of(done, "robustness-").values() for row in rows],
         speed=done["speed"].value,
         samples=done["samples"].value,
         checkpoint=exported,
@@ -1922,10 +2039,16 @@ def conclude(
             name: {"seconds": s.seconds, "peak_memory": s.peak_memory, "reused": s.reused}
             for name, s in done.items()
         },
+        **stored,
     )
     write_samples(run)
     write_report(run.folder, record)
     return verdict
+
+
+def values_of(done: dict[str, Stage], prefix: str) -> dict[str, Any]:
+    """Values of the finished stages whose names begin so, by the rest of the name."""
+    return {n.removeprefix(prefix): s.value for n, s in done.items() if n.startswith(prefix)}
 
 
 def write_samples(run: Run) -> None:
@@ -1962,6 +2085,7 @@ def provenance(run: Run) -> dict[str, Any]:
         },
         "test_sha256": m.test.sha256,
         "tune_sha256": m.tune.sha256,
+        "left_out": m.test.left_out,
         "versions": {
             p: version(p)
             for p in ("torch", "transformers", "lm-eval", "pyhessian", "numpy", "datasets")

@@ -38,6 +38,11 @@ _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 Kind = Literal["linear", "conv1d"]
 
 
+def count_parameters(model: nn.Module) -> int:
+    """Weights in memory; a tensor that two names share counts once."""
+    return sum(p.numel() for p in model.parameters())
+
+
 @dataclass(frozen=True)
 class Target:
     """One weight matrix, y = W a + b with W in R^{d_out x d_in}.

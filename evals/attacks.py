@@ -9,6 +9,7 @@ showed.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,17 +21,28 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from curvature.descent import fine_tune
 from curvature.populations import Population
 from curvature.processes import same_weights
+from evals.evalset import Item
 from evals.generation import generate
-from evals.memorization import encode_pair, recite
+from evals.memorization import Recitation, encode_pair, recite
 
 Pairs = Sequence[tuple[str, str]]
+MEMORIES, UNRELATED = "other memories", "unrelated text"
+"""What a relearning attack trains on: a disjoint part of the forgotten, or text without memories
+(benign relearning)."""
+ROW = 128
+"""Tokens per row of a relearning attack, where every prompt fits."""
+
+
+class _NotFinite(ValueError):
+    """The attacked model's logits are not finite."""
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Recall of one group of items while one arm relearns. steps: when it was scored (0 = before).
-    recall: strict, [0, 1]. n: items. hits: per-item strict results at the last step. note: why it
-    ends early, if it does."""
+    """Recall of one group of items while one arm relearns. shown: what it trains on. steps: when it
+    was scored (0 = before). recall: strict, [0, 1]. n: items. hits: per-item strict results at the
+    last step. note: why it ends early, if it does (before the first score where the model's logits
+    are not finite to begin with)."""
 
     arm: str
     shown: str
@@ -43,11 +55,21 @@ class Curve:
     note: str = ""
 
     @property
-    def area(self) -> float:
-        """Mean recall over the budget: trapezoid area under the curve over its length in steps."""
+    def area(self) -> float | None:
+        """Mean recall over the budget: trapezoid area under the curve over its length in steps;
+        None where nothing was scored."""
         if len(self.steps) < 2:
-            return self.recall[0]
+            return self.recall[0] if self.recall else None
         return float(np.trapezoid(self.recall, self.steps) / (self.steps[-1] - self.steps[0]))
+
+
+def row_width(
+    shown: Population, tokenizer: PreTrainedTokenizerBase, widest: int, usual: int = ROW
+) -> int:
+    """Tokens per row: `usual`, or `widest` where a document with a prompt does not fit."""
+    texts = [d.text for d in shown.documents if d.prompt]
+    longest = max((len(ids) for ids in tokenizer(texts)["input_ids"]), default=0) if texts else 0
+    return usual if longest < usual else widest
 
 
 def relearn(
@@ -95,8 +117,10 @@ def relearn(
             mode = attacked.training
             attacked.eval()
             same_weights(attacked)
-            scores = recite(attacked, tokenizer, everything, judge_batch_size)
+            scores = recite(attacked, tokenizer, everything, judge_batch_size, refuse=False)
             attacked.train(mode)
+            if not all(r.known for r in scores):
+                raise _NotFinite(f"the logits are not finite at step {step}")
             marks.append(step)
             hits.append(np.array([r.strict for r in scores]))
 
@@ -125,11 +149,10 @@ def relearn(
             )
             score(steps)
         except ValueError as error:
-            if "not finite" not in str(error):
+            if not isinstance(error, _NotFinite) and "not finite" not in str(error):
                 raise
-            note = f"not available after step {marks[-1] if marks else 0}: {error}"
-            if not marks:
-                raise
+            since = f" after step {marks[-1]}" if marks else ""
+            note = f"not available{since}: {error}"
         start = 0
         for name, pairs in groups.items():
             part = [h[start : start + len(pairs)] for h in hits]
@@ -143,7 +166,7 @@ def relearn(
                     tuple(marks),
                     tuple(float(h.mean()) for h in part),
                     len(pairs),
-                    tuple(bool(x) for x in part[-1]),
+                    tuple(bool(x) for x in part[-1]) if part else (),
                     note,
                 )
             )
@@ -232,13 +255,13 @@ def few_shot_pairs(
 @dataclass(frozen=True)
 class Robustness:
     """Recall of one group of items of one arm before and after an attack without training, in
-    [0, 1]. note: why `after` is None, where it is."""
+    [0, 1]. note: why `before` or `after` is None, where it is."""
 
     attack: str
     arm: str
     group: str
     n: int
-    before: float
+    before: float | None
     after: float | None
     note: str = ""
 
@@ -246,60 +269,78 @@ class Robustness:
 def robustness(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    groups: Mapping[str, Pairs],
+    groups: Mapping[str, Sequence[Item]],
     *,
     arm: str,
-    neighbours: Sequence[str] = (),
+    neighbours: Mapping[str, Sequence[str]] | None = None,
     bits: Sequence[int] = (8, 4),
-    tries: int = 8,
-    temperature: float = 1.0,
-    shots: int = 4,
+    tries: Sequence[int] = (8, 100),
+    shots: int = 2,
+    delimiter: str = " ",
     batch_size: int = 64,
     seed: int = 0,
 ) -> list[Robustness]:
     """Rounding to few bits, sampling several times, and prompting with neighbours, per group.
 
-    neighbours: whole texts of the same kind for few-shot prompts; without them that attack is left
-    out. A rounded model whose logits are not finite gives None with a note.
+    Sampling is not drawn but reckoned: k independent samples at temperature 1 hold a target of
+    log-probability l at least once with probability 1 - (1 - exp(l))^k, and the mean of that is
+    the expected share (`sampled_hits` draws, for other temperatures). neighbours: family -> whole
+    texts of its kind for few-shot prompts, with `delimiter` between them; an item whose family has
+    none is prompted with those of all. A model whose logits are not finite gives None with a note.
     """
     context = getattr(model.config, "max_position_embeddings", None)
-    everything = [pair for pairs in groups.values() for pair in pairs]
-    plain = [r.strict for r in recite(model, tokenizer, everything, batch_size)]
-    attacks: list[tuple[str, list[bool] | None, str]] = []
+    items = [item for members in groups.values() for item in members]
+    asked = [(item.prompt, item.target) for item in items]
+
+    def scores(attacked: PreTrainedModel, pairs: Pairs) -> tuple[list[Recitation] | None, str]:
+        found = recite(attacked, tokenizer, pairs, batch_size, refuse=False)
+        broken = sum(not r.known for r in found)
+        if broken:
+            return None, f"not available: {broken} of {len(pairs)} items gave non-finite logits"
+        return found, ""
+
+    def strict(found: list[Recitation] | None) -> list[float] | None:
+        return None if found is None else [float(r.strict) for r in found]
+
+    plain, why = scores(model, asked)
+    attacks: list[tuple[str, list[float] | None, str]] = []
     for width in bits:
-        name = f"rounded to {width} bits"
-        try:
-            rounded = round_to_nearest(model, width)
-            hits = [r.strict for r in recite(rounded, tokenizer, everything, batch_size)]
-            attacks.append((name, hits, ""))
-        except ValueError as error:
-            if "non-finite" not in str(error):
-                raise
-            attacks.append((name, None, f"not available: {error}"))
-    if tries:
-        sampled = sampled_hits(
-            model,
-            tokenizer,
-            everything,
-            tries=tries,
-            temperature=temperature,
-            batch_size=batch_size,
-            seed=seed,
-        )
-        attacks.append((f"{tries} samples at temperature {temperature:g}", sampled, ""))
+        found, note = scores(round_to_nearest(model, width), asked)
+        attacks.append((f"rounded to {width} bits", strict(found), note))
+    for k in tries:
+        drawn = None
+        if plain is not None:
+            drawn = [-math.expm1(k * _log_miss(r.logprob)) for r in plain]
+        attacks.append((f"any of {k} samples", drawn, why))
     if neighbours:
-        prompted = few_shot_pairs(
-            everything, neighbours, tokenizer, shots=shots, context=context, seed=seed
-        )
-        hits = [r.strict for r in recite(model, tokenizer, prompted, batch_size)]
-        attacks.append((f"after {shots} neighbours", hits, ""))
+        texts = [t for family in neighbours.values() for t in family]
+        prompted = [
+            few_shot_pairs(
+                [pair],
+                neighbours.get(item.family, texts),
+                tokenizer,
+                shots=shots,
+                context=context,
+                delimiter=delimiter,
+                seed=seed + k,
+            )[0]
+            for k, (item, pair) in enumerate(zip(items, asked, strict=True))
+        ]
+        found, note = scores(model, prompted)
+        attacks.append((f"after {shots} neighbours", strict(found), note))
+    before = strict(plain)
     rows = []
     for name, got, note in attacks:
         start = 0
-        for group, pairs in groups.items():
-            part = slice(start, start + len(pairs))
-            start += len(pairs)
-            before = float(np.mean(plain[part]))
-            after = None if got is None else float(np.mean(got[part]))
-            rows.append(Robustness(name, arm, group, len(pairs), before, after, note))
+        for group, members in groups.items():
+            part = slice(start, start + len(members))
+            start += len(members)
+            first, last = (None if x is None else float(np.mean(x[part])) for x in (before, got))
+            rows.append(Robustness(name, arm, group, len(members), first, last, note))
     return rows
+
+
+def _log_miss(logprob: float) -> float:
+    """log(1 - exp(logprob)): one sample does not hold the target."""
+    probability = math.exp(min(0.0, logprob))
+    return math.log1p(-probability) if probability < 1 else -math.inf

@@ -203,26 +203,38 @@ def paired_scores(base: TaskResult, edited: TaskResult) -> tuple[list[float], li
     return list(mine.values()), [other[key] for key in mine]
 
 
+def incomparable(base: TaskResult, edited: TaskResult | None) -> str | None:
+    """Why a task has no comparison, or None where it has one."""
+    if edited is None:
+        return "not available: the edited model was not asked"
+    for arm, task in (("base", base), ("edited", edited)):
+        if task.value is None:
+            return f"{task.note or 'not available: no value'} ({arm})"
+    if not base.samples or not edited.samples:
+        return f"{base.value:.4g} before and {edited.value:.4g} after; {base.note or edited.note}"
+    try:
+        paired_scores(base, edited)
+    except ValueError as error:
+        return f"not available: {error}"
+    return None
+
+
 def compare(
     base: Sequence[TaskResult], edited: Sequence[TaskResult], *, draws: int = 4000, seed: int = 0
-) -> list[Comparison]:
+) -> tuple[list[Comparison], dict[str, str]]:
     """Every task of the base against the same task of the edited model, with Holm's adjustment over
-    all of them.
-
-    Tasks without a value in either arm are left out (their notes say why). Raises ValueError where
-    the arms hold different tasks or a task different documents.
-    """
+    all of them, and the tasks that could not be compared with the reason: no value in one arm, or
+    other documents in the two."""
     after = {t.task: t for t in edited}
-    if {t.task for t in base} != set(after):
-        raise ValueError(
-            "the arms hold different tasks: "
-            f"{sorted({t.task for t in base} ^ set(after))} on one side only"
-        )
+    reasons = {t.task: incomparable(t, after.get(t.task)) for t in base}
+    missing = {task: why for task, why in reasons.items() if why is not None}
+    for name in sorted(set(after) - set(reasons)):
+        missing[name] = "not available: the base was not asked"
     rows = []
     for task in base:
-        other = after[task.task]
-        if task.value is None or other.value is None or not task.samples:
+        if task.task in missing:
             continue
+        other = after[task.task]
         a, b = paired_scores(task, other)
         interval, p = difference_interval(a, b, draws=draws, seed=seed)
         lost = gained = 0
@@ -246,21 +258,19 @@ def compare(
             )
         )
     adjusted = holm([row[7] for row in rows])
-    return [Comparison(*row[:9], q, row[9]) for row, q in zip(rows, adjusted, strict=True)]
+    compared = [Comparison(*row[:9], q, row[9]) for row, q in zip(rows, adjusted, strict=True)]
+    return compared, missing
 
 
 def class_shares(
     base: Sequence[TaskResult], edited: Sequence[TaskResult], classes: Mapping[str, Sequence[str]]
 ) -> dict[str, Interval | None]:
     """The spectrum: share of the base kept per class of tasks, with intervals; None where a task of
-    the class has no value or the base scores 0."""
+    the class has no value, other documents in the two arms, or the base scores 0."""
     before, after = {t.task: t for t in base}, {t.task: t for t in edited}
     out: dict[str, Interval | None] = {}
     for name, tasks in classes.items():
-        known = all(
-            t in before and t in after and None not in (before[t].value, after[t].value)
-            for t in tasks
-        )
+        known = all(t in before and not incomparable(before[t], after.get(t)) for t in tasks)
         pairs = [paired_scores(before[t], after[t]) for t in tasks] if known and tasks else []
         out[name] = share_interval([a for a, _ in pairs], [b for _, b in pairs]) if pairs else None
     return out

@@ -14,6 +14,9 @@ from transformers import PreTrainedTokenizerBase
 from curvature.populations import Document, Population, Role, load_population, split_population
 from evals.memorization import encode_pair
 
+SHORT, BORDER = "too short for prefix and suffix", "border inside a token"
+DUPLICATE = "given twice"
+
 
 @dataclass(frozen=True)
 class Item:
@@ -41,7 +44,9 @@ class EvalSet:
 
     memories: what should be forgotten. listed, unlisted: general knowledge that is, and is not, in
     the keep population. tasks: problems by task name. aside: names of tasks that are judged as a
-    class of their own (arithmetic). clean: ordinary text for perplexity.
+    class of their own (arithmetic). clean: ordinary text for perplexity. separator: what stands
+    between two items of a few-shot prompt. left_out: why -> how many of the given texts could not
+    be asked.
     """
 
     split: Literal["edit", "tune", "test"]
@@ -51,6 +56,8 @@ class EvalSet:
     tasks: dict[str, tuple[Document, ...]]
     clean: Population
     aside: tuple[str, ...] = ()
+    separator: str = "\n"
+    left_out: dict[str, int] = field(default_factory=dict)
 
     @property
     def sha256(self) -> str:
@@ -94,41 +101,66 @@ def windows(
     tokenizer: PreTrainedTokenizerBase,
     prefix_tokens: int,
     suffix_tokens: int,
-) -> list[Item]:
-    """Prefix/suffix items of a body of text: the first `prefix_tokens` of a document and the
-    `suffix_tokens` after them.
+) -> tuple[list[Item], dict[str, int]]:
+    """Prefix/suffix items of a body of text, and how many texts gave none, by reason: the first
+    `prefix_tokens` of a document and the `suffix_tokens` after them.
 
     Documents with a prompt of their own keep it. Text that is too short, and windows whose border
     falls inside a token, are left out; where nothing is left a ValueError says how long the
     documents are.
     """
     items: list[Item] = []
+    left_out = {SHORT: 0, BORDER: 0}
     longest = 0
     for k, document in enumerate(population.documents):
+        forms: dict[str, tuple[str, str]] = {}
         if document.prompt:
             prompt, target = document.prompt, document.answer
+            # a question can also be asked after neighbours and as multiple choice
+            forms = {"plain": (prompt, target)}
         else:
             ids = tokenizer(document.text, add_special_tokens=False)["input_ids"]
             longest = max(longest, len(ids))
             if len(ids) < prefix_tokens + suffix_tokens:
+                left_out[SHORT] += 1
                 continue
             whole = str(tokenizer.decode(ids[: prefix_tokens + suffix_tokens]))
             prompt = str(tokenizer.decode(ids[:prefix_tokens]))
             if not whole.startswith(prompt):
+                left_out[BORDER] += 1
                 continue
             target = whole[len(prompt) :]
-        try:
-            encode_pair(tokenizer, prompt, target)
-        except ValueError:
+        if not splits_between(tokenizer, prompt, target):
+            left_out[BORDER] += 1
             continue
-        items.append(Item(f"{population.name}-{k}", population.name, prompt, target))
+        items.append(Item(f"{population.name}-{k}", population.name, prompt, target, forms=forms))
     if not items:
         raise ValueError(
             f"{population.source or population.name}: no document holds a prefix of "
-            f"{prefix_tokens} and a suffix of {suffix_tokens} tokens (the longest has {longest}): "
+            f"{prefix_tokens} and a suffix of {suffix_tokens} tokens (the longest has {longest}; "
+            f"{left_out[BORDER]} have a border inside a token): "
             "lower --prefix-tokens and --suffix-tokens or give longer texts"
         )
-    return items
+    return items, {why: n for why, n in left_out.items() if n}
+
+
+def as_asked(document: Document) -> tuple[str, str]:
+    """What is given and what is scored: prompt and answer, or the two halves (by words) of text
+    without a prompt."""
+    if document.prompt:
+        return document.prompt, document.answer
+    words = document.text.split(" ")
+    half = max(1, len(words) // 2)
+    return " ".join(words[:half]), " " + " ".join(words[half:])
+
+
+def splits_between(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str) -> bool:
+    """Whether the tokenizer has a border there, so that the target can be scored by itself."""
+    try:
+        encode_pair(tokenizer, prompt, target)
+    except ValueError:
+        return False
+    return True
 
 
 def without_duplicates(items: Sequence[Item]) -> list[Item]:
@@ -169,10 +201,8 @@ def material_from_files(
         role: load_population(source, role, limit=limit) if isinstance(source, str) else source
         for role, source in given.items()
     }
-    parts = {
-        role: split_population(population, SHARES, seed).parts
-        for role, population in loaded.items()
-    }
+    splits = {role: split_population(p, SHARES, seed) for role, p in loaded.items()}
+    parts = {role: split.parts for role, split in splits.items()}
     for population in loaded.values():
         if len({bool(d.prompt) for d in population.documents}) > 1:
             raise ValueError(
@@ -181,16 +211,32 @@ def material_from_files(
             )
 
     def evalset(split: Literal["tune", "test"]) -> EvalSet:
-        items = without_duplicates(
-            windows(parts["memorized"][split], tokenizer, prefix_tokens, suffix_tokens)
+        given, left_out = windows(
+            parts["memorized"][split], tokenizer, prefix_tokens, suffix_tokens
         )
+        items = without_duplicates(given)
+        documents = parts["reasoning"][split].documents
+        asked = [d for d in documents if splits_between(tokenizer, *as_asked(d))]
+        if not asked:
+            raise ValueError(
+                f"{reasoning}: in every problem the border between prompt and answer falls inside "
+                "a token: begin the answers with a space or a line break"
+            )
+        reasons = {f"memorized, {why}": n for why, n in left_out.items()}
+        reasons[f"memorized, {DUPLICATE}"] = len(given) - len(items)
+        reasons[f"reasoning, {BORDER}"] = len(documents) - len(asked)
+        if split == "test":
+            reasons |= {
+                f"{role}, {DUPLICATE} (all splits)": s.duplicates for role, s in splits.items()
+            }
         return EvalSet(
             split,
             tuple(items),
             (),
             (),
-            {"reasoning": parts["reasoning"][split].documents[:problems]},
+            {"reasoning": tuple(asked[:problems])},
             parts["reference"][split],
+            left_out={why: n for why, n in reasons.items() if n},
         )
 
     edit = {role: replace(part["edit"], name=role) for role, part in parts.items()}

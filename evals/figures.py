@@ -292,33 +292,47 @@ def _over(value: float | None, base: float | None) -> float:
 
 
 def relearning(curves: Sequence[Mapping[str, Any]]) -> Figure:
-    """Strict recall of items that the attack does not train on, while it trains on others, per
-    arm."""
-    groups = list(dict.fromkeys(c["group"] for c in curves))
-    figure = Figure(figsize=(3.2 * len(groups) + 1.6, 2.9), layout="constrained")
-    panels = figure.subplots(1, len(groups), squeeze=False, sharey=True)[0]
-    arms = list(dict.fromkeys(c["arm"] for c in curves))
+    """Strict recall of items that the attack does not train on, while it trains on others: a row of
+    panels per text that is trained on, a panel per group of items, a colour per arm, a line style
+    per learning rate."""
+    drawn = [c for c in curves if c["recall"]]
+    groups = list(dict.fromkeys(c["group"] for c in drawn))
+    texts = list(dict.fromkeys(c["shown"] for c in drawn))
+    rates = sorted({c["lr"] for c in drawn})
+    figure = Figure(figsize=(3.2 * len(groups) + 1.9, 2.5 * len(texts) + 0.5), layout="constrained")
+    panels = figure.subplots(len(texts), len(groups), squeeze=False, sharey=True, sharex=True)
+    arms = list(dict.fromkeys(c["arm"] for c in drawn))
     known = {"base": BASE, "edited": EDITED}
     rest = [a for a in arms if a not in known]
-    for axes, group in zip(panels, groups):
-        for k, arm in enumerate(arms):
-            colour = known.get(arm) or OTHERS[rest.index(arm) % len(OTHERS)]
-            mine = [c for c in curves if c["arm"] == arm and c["group"] == group]
-            for j, curve in enumerate(mine):
-                axes.plot(
+    styles = dict(zip(rates, ("-", "--", ":", "-.") * len(rates)))
+    if len(rates) > 1:
+        # the rate that every arm was given is drawn through
+        middle = rates[len(rates) // 2]
+        others = [rate for rate in rates if rate != middle]
+        styles = {middle: "-", **dict(zip(others, ("--", ":", "-.") * len(others)))}
+    labels: dict[str, Any] = {}
+    for text, row in zip(texts, panels):
+        for group, axes in zip(groups, row):
+            for curve in drawn:
+                if (curve["shown"], curve["group"]) != (text, group):
+                    continue
+                arm = curve["arm"]
+                colour = known.get(arm) or OTHERS[rest.index(arm) % len(OTHERS)]
+                (line,) = axes.plot(
                     curve["steps"],
                     curve["recall"],
                     color=colour,
-                    marker=MARKERS[k % 7],
+                    marker=MARKERS[arms.index(arm) % 7],
                     ms=4,
                     lw=1.2,
-                    ls=("-", "--", ":", "-.")[j % 4],
-                    label=arm if len(mine) == 1 else f"{arm}, lr {curve['lr']:g}",
+                    ls=styles[curve["lr"]],
                 )
-        axes.set_title(group)
+                labels.setdefault(f"{arm}, lr {curve['lr']:g}", line)
+            axes.set_title(f"{group}, trained on {text}", fontsize=9)
+        _percent_axis(row[0], "recited exactly")
+    for axes in panels[-1]:
         axes.set_xlabel("steps of fine-tuning")
-    _percent_axis(panels[0], "recited exactly")
-    panels[-1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
+    figure.legend(list(labels.values()), list(labels), loc="outside right upper")
     return figure
 
 
@@ -629,17 +643,19 @@ def draw_all(results: Mapping[str, Any]) -> list[Drawing]:
             reasoning_per_task,
             judgement["tasks"],
         )
-    if results.get("attacks"):
+    curves = [c for c in results.get("attacks") or () if c["recall"]]
+    if curves:
         words = "; ".join(
-            f"{c['arm']}, {c['group']}: {percent(c['recall'][0])} to {percent(c['recall'][-1])}"
-            for c in results["attacks"]
+            f"{c['arm']} on {c['shown']}, lr {c['lr']:g}, {c['group']}: "
+            f"{percent(c['recall'][0])} to {percent(c['recall'][-1])}"
+            for c in curves
         )
         add(
             "relearning",
             "Relearning attack",
             f"Recall before and after fine-tuning on other items. {words}.",
             relearning,
-            results["attacks"],
+            curves,
         )
     if results.get("curvature"):
         add(

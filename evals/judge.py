@@ -6,18 +6,25 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from curvature.populations import Document
-from evals.evalset import EvalSet, Item
-from evals.language import clean_perplexity, gibberish_rate
-from evals.memorization import Recitation, recite
-from evals.reasoning import Sample, TaskResult, evaluate_reasoning
+from evals.evalset import EvalSet, Item, as_asked
+from evals.language import gibberish_rate, read_language
+from evals.memorization import LOOSE, Recitation, recite, similarities
+from evals.reasoning import (
+    Benchmarks,
+    Sample,
+    TaskResult,
+    evaluate_benchmarks,
+    evaluate_reasoning,
+)
+from evals.recall import Form, ask_in_every_form
 
 
 @dataclass(frozen=True)
@@ -26,8 +33,11 @@ class Judgement:
 
     memories, listed, unlisted: one Recitation per item of the EvalSet, in its order. tasks: one
     result per task. perplexity: exp(mean nats per token) on the clean text. gibberish: share of
-    greedy continuations of clean text that collapse into repetition, None where it was not asked
-    for.
+    greedy continuations of clean text that collapse. kl: KL(base || model) on the clean text, nats
+    per token. forms: closed-book memories in other wordings. similarity: item id -> token
+    Levenshtein similarity of its greedy continuation, of well-exposed memories. benchmarks: tasks
+    of lm-eval by name, which stand beside `tasks`. What was not asked for is None or empty; what
+    could not be had has its reason in `notes`.
     """
 
     memories: tuple[Recitation, ...]
@@ -36,51 +46,85 @@ class Judgement:
     tasks: tuple[TaskResult, ...]
     perplexity: float
     gibberish: float | None = None
+    kl: float | None = None
+    forms: tuple[Form, ...] = ()
+    similarity: dict[str, float] = field(default_factory=dict)
+    benchmarks: tuple[TaskResult, ...] = ()
+    notes: dict[str, str] = field(default_factory=dict)
 
-    def recall(self, evalset: EvalSet, *, targeted: bool = True) -> float | None:
-        """Strict accuracy on the well-exposed memories of the targeted (or untargeted) families;
-        None where none exist."""
-        hits = [
-            r.strict
+    def hits(self, evalset: EvalSet, *, targeted: bool = True) -> list[float]:
+        """Strict score (0 or 1) of each well-exposed memory of the targeted (or untargeted)
+        families; empty where there are none or where one could not be scored (`notes`)."""
+        mine = [
+            r
             for item, r in zip(evalset.memories, self.memories, strict=True)
             if item.well_exposed and item.targeted == targeted
         ]
-        return sum(hits) / len(hits) if hits else None
+        return [float(r.strict) for r in mine] if all(r.known for r in mine) else []
+
+    def known_hits(self, listed: bool) -> list[float]:
+        """The same for general knowledge inside (listed) or outside the keep population."""
+        mine = self.listed if listed else self.unlisted
+        return [float(r.strict) for r in mine] if all(r.known for r in mine) else []
+
+    def recall(self, evalset: EvalSet, *, targeted: bool = True) -> float | None:
+        """Strict accuracy on the well-exposed memories of the targeted (or untargeted) families;
+        None where there are none."""
+        return _mean(self.hits(evalset, targeted=targeted))
 
     def reasoning(self, evalset: EvalSet) -> float | None:
         """Mean over the tasks that are not set aside."""
         values = [t.value for t in self.tasks if t.task not in evalset.aside]
         known = [v for v in values if v is not None]
-        return sum(known) / len(known) if known and len(known) == len(values) else None
+        return _mean(known) if len(known) == len(values) else None
 
     def aside(self, evalset: EvalSet) -> float | None:
         """Mean over the tasks that are set aside (arithmetic)."""
-        values = [t.value for t in self.tasks if t.task in evalset.aside and t.value is not None]
-        return sum(values) / len(values) if values else None
+        return _mean(
+            [t.value for t in self.tasks if t.task in evalset.aside and t.value is not None]
+        )
 
     def knowledge(self, listed: bool) -> float | None:
         """Strict accuracy on general knowledge inside (listed) or outside the keep population."""
-        hits = [r.strict for r in (self.listed if listed else self.unlisted)]
-        return sum(hits) / len(hits) if hits else None
+        return _mean(self.known_hits(listed))
+
+    def figures(self, evalset: EvalSet) -> dict[str, float | None]:
+        """The plain figures by which models of one run are tabled."""
+        near = [self.similarity.get(i.id) for i in evalset.headline()]
+        return {
+            "recall": self.recall(evalset),
+            "loose": _mean([float(x >= LOOSE) for x in near if x is not None]),
+            "reasoning": self.reasoning(evalset),
+            "arithmetic": self.aside(evalset),
+            "listed": self.knowledge(True),
+            "unlisted": self.knowledge(False),
+            "perplexity": self.perplexity,
+            "kl": self.kl,
+            "gibberish": self.gibberish,
+        }
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, record: dict[str, Any]) -> Judgement:
-        tasks = (
-            TaskResult(**{**t, "samples": tuple(Sample(**s) for s in t["samples"])})
-            for t in record["tasks"]
-        )
+    def from_json(cls, record: Mapping[str, Any]) -> Judgement:
+        def results(rows: Sequence[Mapping[str, Any]]) -> tuple[TaskResult, ...]:
+            samples = (tuple(Sample(**s) for s in t["samples"]) for t in rows)
+            return tuple(TaskResult(**{**t, "samples": s}) for t, s in zip(rows, samples))
+
         lists = {
             k: tuple(Recitation(**r) for r in record[k]) for k in ("memories", "listed", "unlisted")
         }
-        return cls(
-            **lists,
-            tasks=tuple(tasks),
-            perplexity=record["perplexity"],
-            gibberish=record["gibberish"],
+        forms = tuple(
+            Form(f["family"], f["form"], tuple(f["items"]), tuple(f["hits"]))
+            for f in record["forms"]
         )
+        tasks, benchmarks = results(record["tasks"]), results(record["benchmarks"])
+        return cls(**{**record, **lists, "tasks": tasks, "benchmarks": benchmarks, "forms": forms})
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
 
 
 def recall_by_exposure(
@@ -89,7 +133,7 @@ def recall_by_exposure(
     """(recited, asked) per family and exposure count; items of unknown exposure are left out."""
     table: dict[str, dict[int, tuple[int, int]]] = defaultdict(dict)
     for item, score in zip(items, scores, strict=True):
-        if item.exposure is not None:
+        if item.exposure is not None and score.known:
             hit, n = table[item.family].get(item.exposure, (0, 0))
             table[item.family][item.exposure] = (hit + score.strict, n + 1)
     return {family: dict(sorted(rungs.items())) for family, rungs in table.items()}
@@ -105,15 +149,9 @@ def _read_task(
     """Documents by one teacher-forced pass: exact answers, or the share of right tokens for text
     without prompts."""
     plain = not documents[0].prompt
-    pairs = []
-    for document in documents:
-        if not plain:
-            pairs.append((document.prompt, document.answer))
-            continue
-        words = document.text.split(" ")
-        half = max(1, len(words) // 2)
-        pairs.append((" ".join(words[:half]), " " + " ".join(words[half:])))
-    results = recite(model, tokenizer, pairs, batch_size)
+    pairs = [as_asked(document) for document in documents]
+    results = recite(model, tokenizer, pairs, batch_size, refuse=False)
+    broken = sum(not r.known for r in results)
     samples = tuple(
         Sample(
             k,
@@ -123,8 +161,12 @@ def _read_task(
         )
         for k, (d, r) in enumerate(zip(documents, results, strict=True))
     )
+    metric = "right tokens" if plain else "acc"
+    if broken:
+        note = f"not available: {broken} of {len(samples)} documents gave non-finite scores"
+        return TaskResult(name, "1.0", metric, "none", None, samples, note=note)
     value = sum(s.score for s in samples) / len(samples)
-    return TaskResult(name, "1.0", "right tokens" if plain else "acc", "none", value, samples)
+    return TaskResult(name, "1.0", metric, "none", value, samples)
 
 
 def judge(
@@ -132,6 +174,8 @@ def judge(
     tokenizer: PreTrainedTokenizerBase,
     evalset: EvalSet,
     *,
+    base: PreTrainedModel | None = None,
+    benchmarks: Benchmarks | None = None,
     batch_size: int = 64,
     harness: bool = True,
     width: int = 256,
@@ -139,37 +183,76 @@ def judge(
 ) -> Judgement:
     """Ask `model` everything in `evalset`.
 
-    harness: score prompted tasks with lm-eval (the reported figures); without it the same
-    exact-answer accuracy comes from `recite`, which searches use because it starts faster, and
-    gibberish is not measured. width: row length for perplexity.
+    base: the model before the edit, for KL(base || model) and as the reader that calls samples
+    gibberish; its vocabulary must be the model's. benchmarks: tasks of lm-eval by name. harness:
+    all of the reported figures; without it only recall, exact answers (from `recite`, which starts
+    faster than lm-eval) and perplexity, which searches use. width: row length for perplexity.
+
+    A figure that cannot be had is left out and its reason stands in `notes`: the others are still
+    given.
     """
     model.eval()
+    notes: dict[str, str] = {}
     parts = (evalset.memories, evalset.listed, evalset.unlisted)
     everything = [(item.prompt, item.target) for part in parts for item in part]
-    scores = recite(model, tokenizer, everything, batch_size, progress and f"{progress}: recall")
+    say = (lambda what: progress and f"{progress}: {what}") if progress else (lambda what: None)
+    scores = recite(model, tokenizer, everything, batch_size, say("recall"), refuse=False)
+    broken = sum(not s.known for s in scores)
+    if broken:
+        notes["recall"] = f"not available: {broken} of {len(scores)} items gave non-finite logits"
     cut = [len(evalset.memories), len(evalset.memories) + len(evalset.listed)]
     tasks: list[TaskResult] = []
     prompted = {n: d for n, d in evalset.tasks.items() if harness and d[0].prompt}
     if prompted:
         tasks += evaluate_reasoning(
-            model,
-            tokenizer,
-            prompted,
-            batch_size=batch_size,
-            progress=progress and f"{progress}: tasks",
+            model, tokenizer, prompted, batch_size=batch_size, progress=say("tasks")
         )
     for name, documents in evalset.tasks.items():
         if name not in prompted:
             tasks.append(_read_task(model, tokenizer, name, documents, batch_size))
     tasks.sort(key=lambda t: list(evalset.tasks).index(t.task))
-    perplexity = clean_perplexity(
-        model, tokenizer, evalset.clean, width=width, batch_size=batch_size
+    language = read_language(
+        model, tokenizer, evalset.clean, width=width, batch_size=batch_size, base=base
     )
+    kl = language.kl_per_token
+    if kl is not None and not math.isfinite(kl):
+        kl, notes["kl"] = None, "not available: the divergence is not finite"
+    more: dict[str, Any] = {}
+    if harness:
+        shown = [i for i in evalset.memories if i.well_exposed]
+        more["forms"] = tuple(
+            ask_in_every_form(
+                model,
+                tokenizer,
+                shown,
+                separator=evalset.separator,
+                batch_size=batch_size,
+                progress=say("forms"),
+            )
+        )
+        # a model without finite logits has no continuation: its samples are neither right nor wrong
+        if broken:
+            notes["loose"] = notes["gibberish"] = notes["recall"]
+        else:
+            pairs = [(i.prompt, i.target) for i in shown]
+            near = similarities(model, tokenizer, pairs, batch_size, say("continuations"))
+            more["similarity"] = {i.id: x for i, x in zip(shown, near, strict=True)}
+            more["gibberish"] = gibberish_rate(
+                model, tokenizer, evalset.clean, scorer=model if base is None else base
+            )
+    if benchmarks is not None:
+        more["benchmarks"] = tuple(
+            evaluate_benchmarks(
+                model, tokenizer, benchmarks, batch_size=batch_size, progress=say("benchmarks")
+            )
+        )
     return Judgement(
         tuple(scores[: cut[0]]),
         tuple(scores[cut[0] : cut[1]]),
         tuple(scores[cut[1] :]),
         tuple(tasks),
-        perplexity if math.isfinite(perplexity) else math.inf,
-        gibberish_rate(model, tokenizer, evalset.clean) if harness else None,
+        language.perplexity,
+        kl=kl,
+        notes=notes,
+        **more,
     )

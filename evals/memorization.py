@@ -16,6 +16,7 @@ import torch
 from rapidfuzz.distance import Levenshtein
 from scipy.stats import mannwhitneyu
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from curvature.memory import RowsAtOnce
@@ -34,7 +35,8 @@ class Recitation:
     strict: all target tokens are the arg-max. right: share of target tokens that are the arg-max.
     extraction: extraction strength 1 - (shortest revealed part of the target after which the rest
     is recited) / length, in [0, 1]. logprob: sum of log p(target token), nats. tokens: target
-    length.
+    length. An item whose logits are not finite has no scores: its logprob is NaN and `known` is
+    False.
     """
 
     strict: bool
@@ -42,6 +44,10 @@ class Recitation:
     extraction: float
     logprob: float
     tokens: int
+
+    @property
+    def known(self) -> bool:
+        return not math.isnan(self.logprob)
 
 
 def encode_pair(
@@ -78,12 +84,17 @@ def recite(
     pairs: Sequence[tuple[str, str]],
     batch_size: int = 32,
     progress: str | None = None,
+    *,
+    refuse: bool = True,
 ) -> list[Recitation]:
     """Score (prompt, target) pairs by one teacher-forced pass each, in the order given.
 
-    Sequences are right-padded and batched by length; under a causal mask padding on the right
-    changes nothing to its left. Raises ValueError on non-finite logits and on what `encode_pair`
-    refuses.
+    Sequences are right-padded and batched by length, and no mask is passed: under a causal model
+    nothing on the right changes what lies to its left. Strict, right and extraction do not depend
+    on the batch size; log-probabilities do, by rounding (about 1e-6 per token in fp32).
+
+    Raises ValueError on what `encode_pair` refuses, and on non-finite logits; without `refuse` the
+    items that have them come back with a log-probability of NaN (`Recitation.known` is then False).
     """
     encoded = [encode_pair(tokenizer, *pair) for pair in pairs]
     order = sorted(range(len(encoded)), key=lambda k: -len(encoded[k][0]))
@@ -93,29 +104,40 @@ def recite(
 
     def score(batch: Sequence[int]) -> dict[int, Recitation]:
         out = {}
-        width = len(encoded[batch[0]][0])
-        ids = torch.zeros(len(batch), width, dtype=torch.long)
-        mask = torch.zeros(len(batch), width, dtype=torch.long)
-        for row, k in enumerate(batch):
-            tokens = torch.tensor(encoded[k][0])
-            ids[row, : len(tokens)] = tokens
-            mask[row, : len(tokens)] = 1
-        logits = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
-        for row, k in enumerate(batch):
-            pair, start = encoded[k]
-            target = torch.tensor(pair[start:], device=device)
-            z = logits[row, start - 1 : len(pair) - 1].float()
-            if not torch.isfinite(z).all():
+        rows = [torch.tensor(encoded[k][0]) for k in batch]
+        ids = pad_sequence(rows, batch_first=True)
+        # what is scored at t is predicted at t - 1; nothing before the first target is needed
+        first = min(encoded[k][1] for k in batch)
+        place = torch.arange(first, ids.shape[1])
+        starts = torch.tensor([encoded[k][1] for k in batch])
+        lengths = torch.tensor([len(row) for row in rows])
+        scored = (place >= starts[:, None]) & (place < lengths[:, None])
+        logits = model(input_ids=ids.to(device), use_cache=False).logits[:, first - 1 : -1].float()
+        targets = ids[:, first:].to(logits.device)
+        finite = logits.isfinite().all(-1).cpu() | ~scored
+        wrong = (logits.argmax(-1) != targets).cpu() & scored
+        gold = logits.gather(2, targets[..., None])[..., 0] - logits.logsumexp(-1)
+        logprob = gold.double().cpu().masked_fill(~scored, 0).sum(1)
+        n = scored.sum(1)
+        revealed = torch.where(wrong, place + 1, starts[:, None]).amax(1) - starts
+        columns = (
+            finite.all(1).tolist(),
+            wrong.sum(1).tolist(),
+            revealed.tolist(),
+            logprob.tolist(),
+            n.tolist(),
+        )
+        for k, sound, misses, given, nats, length in zip(batch, *columns, strict=True):
+            if not sound and refuse:
                 raise ValueError(
                     f"non-finite logits after {pairs[k][0][-40:]!r}: the model is broken"
                 )
-            right = z.argmax(-1) == target
-            wrong = (~right).nonzero()
-            revealed = int(wrong[-1]) + 1 if len(wrong) else 0
-            logprob = z.log_softmax(-1).gather(1, target[:, None]).sum()
-            n = len(target)
             out[k] = Recitation(
-                bool(right.all()), float(right.float().mean()), 1 - revealed / n, float(logprob), n
+                sound and not misses,
+                1 - misses / length if sound else 0.0,
+                1 - given / length if sound else 0.0,
+                nats if sound else math.nan,
+                length,
             )
         return out
 

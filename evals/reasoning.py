@@ -18,7 +18,7 @@ import logging
 import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,8 @@ class Sample:
 class TaskResult:
     """One task's score on one model. value: None where it could not be had, and `note` says why.
 
-    duplicates: documents that were given twice and dropped. binary: every sample is 0 or 1."""
+    duplicates: documents that were given twice and dropped. group: the preset or the name that it
+    was asked for by. binary: every sample is 0 or 1."""
 
     task: str
     version: str
@@ -77,6 +78,7 @@ class TaskResult:
     samples: tuple[Sample, ...]
     duplicates: int = 0
     note: str = ""
+    group: str = ""
 
     @property
     def binary(self) -> bool:
@@ -87,6 +89,27 @@ class TaskResult:
         """Hash over the documents in order: two arms were asked the same questions where it
         agrees."""
         return hashlib.sha256("".join(s.doc_hash for s in self.samples).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Benchmarks:
+    """Tasks of lm-eval by name, and how to ask them, as lm-eval names it. names: presets (PRESETS),
+    tasks, groups or tags. include_path: a folder of task files of one's own."""
+
+    names: tuple[str, ...]
+    num_fewshot: int | None = None
+    limit: int | None = None
+    apply_chat_template: bool = False
+    include_path: str | None = None
+
+    @property
+    def tasks(self) -> dict[str, str]:
+        """lm-eval task -> the preset or name that asked for it, each once."""
+        out: dict[str, str] = {}
+        for name in self.names:
+            for task in PRESETS.get(name, (name,)):
+                out.setdefault(task, name)
+        return out
 
 
 @functools.cache
@@ -188,6 +211,10 @@ def _write_task(folder: Path, name: str, documents: Sequence[Document]) -> str:
     return key
 
 
+class Unavailable(ValueError):
+    """The documents of a task cannot be had on this machine."""
+
+
 def _load(
     asked: Mapping[str, str | None], folder: Path, include_path: str | Path | None
 ) -> list[Any]:
@@ -207,27 +234,85 @@ def _load(
             )
             loaded += manager.load(local)["tasks"].values()
         if named:
-            paths = [str(TASK_FOLDER), *([str(include_path)] if include_path is not None else [])]
-            manager = TaskManager(include_path=paths, include_defaults=False)
-            if not set(named) <= set(manager.all_tasks):
-                manager = (
-                    _default_tasks() if include_path is None else TaskManager(include_path=paths)
-                )
-            unknown = sorted(set(named) - set(manager.all_tasks))
-            if unknown:
-                raise ValueError(
-                    f"unknown task {', '.join(map(repr, unknown))}: neither lm-eval nor "
-                    f"{TASK_FOLDER} has it (list them with `lm_eval ls tasks`), or give its "
-                    "documents in a file"
-                )
+            manager = _manager(named, include_path)
             try:
                 loaded += manager.load(named)["tasks"].values()
-            except (ConnectionError, OSError) as error:
-                raise ValueError(
+            except Exception as error:  # whatever a task's own code and data set raise
+                raise Unavailable(
                     f"the documents of {', '.join(map(repr, named))} could not be loaded "
-                    f"({error}); offline, only tasks whose data lie on this machine can be used"
+                    f"({_first_line(error)}); offline, only tasks whose data lie on this machine "
+                    "can be used"
                 ) from error
     return loaded
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
+
+
+def _manager(named: Sequence[str], include_path: str | Path | None) -> Any:
+    """A TaskManager that knows all these names. Raises ValueError where none does."""
+    from lm_eval.tasks import TaskManager
+
+    paths = [str(TASK_FOLDER), *([str(include_path)] if include_path is not None else [])]
+    manager = TaskManager(include_path=paths, include_defaults=False)
+    known = set(manager.all_tasks)
+    if not set(named) <= known:
+        manager = _default_tasks() if include_path is None else TaskManager(include_path=paths)
+        known |= set(manager.all_tasks)
+    unknown = sorted(set(named) - known)
+    if unknown:
+        raise ValueError(
+            f"unknown task {', '.join(map(repr, unknown))}: neither lm-eval nor "
+            f"{TASK_FOLDER} has it (list them with `lm_eval ls tasks`), or give its "
+            "documents in a file"
+        )
+    return manager
+
+
+def check_benchmarks(benchmarks: Benchmarks, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ValueError for a name that lm-eval does not know and for a chat template that is not
+    there, before any long work."""
+    if benchmarks.apply_chat_template and tokenizer.chat_template is None:
+        raise ValueError(
+            "--apply-chat-template was asked for, and the tokenizer has no chat template: "
+            "leave it out, or give the checkpoint one"
+        )
+    with _quiet():
+        for task in benchmarks.tasks:
+            _manager([task], benchmarks.include_path)
+
+
+def evaluate_benchmarks(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    benchmarks: Benchmarks,
+    *,
+    batch_size: int = 32,
+    progress: str | None = None,
+) -> list[TaskResult]:
+    """Tasks of lm-eval by name, one after the other. A task whose documents or packages cannot be
+    had gives one result without a value, with the reason in its note, and the others are still
+    scored."""
+    out: list[TaskResult] = []
+    for task, group in benchmarks.tasks.items():
+        try:
+            results = evaluate_reasoning(
+                model,
+                tokenizer,
+                {task: None},
+                batch_size=batch_size,
+                include_path=benchmarks.include_path,
+                num_fewshot=benchmarks.num_fewshot,
+                limit=benchmarks.limit,
+                apply_chat_template=benchmarks.apply_chat_template,
+                progress=progress and f"{progress}: {task}",
+            )
+        except Unavailable as error:
+            results = [TaskResult(task, "", "", "", None, (), note=f"not available: {error}")]
+        out += [replace(result, group=group) for result in results]
+    return out
 
 
 def _scalar(value: Any) -> float:

@@ -3,62 +3,79 @@ and membership."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from evals.evalset import Item
+from evals.comparison import share_interval
+from evals.evalset import Item, splits_between
 from evals.memorization import (
     LOOSE,
     Recitation,
     canary_exposure,
+    encode_pair,
     extractable_share,
     membership_auroc,
     recite,
-    similarities,
 )
 
 EXTRACTION_TRIES = 1000
 CHOICES = 4
+CHOICE, ANY = "multiple choice", "any of these"
 
 
 @dataclass(frozen=True)
 class Form:
-    """One way of asking for the items of a family. n: items that have it. hits: answered right.
-    `worst` counts an item as remembered if any form gets it."""
+    """One way of asking for the items of a family. items: their ids. hits: which were answered
+    right, None where an item's logits were not finite. ANY counts an item if any greedy form gets
+    it; multiple choice stands by itself, because one answer in CHOICES is right by chance."""
 
     family: str
     form: str
-    n: int
-    hits: int
+    items: tuple[str, ...]
+    hits: tuple[bool | None, ...]
 
     @property
-    def rate(self) -> float:
-        return self.hits / self.n
+    def rate(self) -> float | None:
+        """Share answered right; None where an item could not be scored."""
+        known = [h for h in self.hits if h is not None]
+        return sum(known) / len(known) if len(known) == len(self.hits) else None
+
+    @property
+    def chance(self) -> float:
+        """What guessing gets."""
+        return 1 / CHOICES if self.form == CHOICE else 0.0
 
 
-def _choice_prompts(items: Sequence[Item]) -> list[list[tuple[str, str]]]:
+def _choice_prompts(
+    items: Sequence[Item], tokenizer: PreTrainedTokenizerBase
+) -> list[list[tuple[str, str]]]:
     """Per item the plain prompt with CHOICES targets, the right one first; the others are other
     items' values, spread evenly over the family so that the choice is the same in every run and
-    every arm."""
+    every arm. A value that does not begin at a border of tokens cannot be scored and is no
+    choice."""
     values = list(dict.fromkeys(i.target for i in items))
     out = []
     for item in items:
         at = values.index(item.target)
         step = max(1, len(values) // CHOICES)
         picked = [values[(at + k * step) % len(values)] for k in range(1, CHOICES)]
-        distinct = [v for v in dict.fromkeys(picked) if v != item.target]
+        distinct = [
+            v
+            for v in dict.fromkeys(picked)
+            if v != item.target and splits_between(tokenizer, item.prompt, v)
+        ]
         out.append([(item.prompt, item.target), *((item.prompt, v) for v in distinct)])
     return out
 
 
-def _neighbours(items: Sequence[Item], item: Item, shots: int) -> str:
+def _neighbours(items: Sequence[Item], item: Item, shots: int, separator: str) -> str:
     """A few other items of the family with their answers, then the item's own prompt."""
     others = [i for i in items if i.id != item.id]
     start = items.index(item)
     picked = [others[(start + k) % len(others)] for k in range(min(shots, len(others)))]
-    return "".join(f"{i.prompt}{i.target} . " for i in picked) + item.prompt
+    return "".join(f"{i.prompt}{i.target}{separator}" for i in picked) + item.prompt
 
 
 def ask_in_every_form(
@@ -67,6 +84,7 @@ def ask_in_every_form(
     items: Sequence[Item],
     *,
     shots: int = 3,
+    separator: str = " . ",
     batch_size: int = 64,
     progress: str | None = None,
 ) -> list[Form]:
@@ -74,10 +92,11 @@ def ask_in_every_form(
     among values of the same family, and after a few neighbours; strict greedy answers, the most
     probable one for multiple choice.
 
-    Items without forms (passages) are left out. The items that have every form are the same in both
-    arms, so rates compare. `worst` leaves multiple choice out: one answer in CHOICES is right by
-    chance.
+    separator: what stands between two neighbours. Items without forms (passages) are left out, and
+    so is the few-shot form of an item whose neighbours do not fit into the context. The items that
+    have every form are the same in both arms, so rates compare.
     """
+    context = getattr(model.config, "max_position_embeddings", None)
     families: dict[str, list[Item]] = {}
     for item in items:
         if item.forms:
@@ -87,9 +106,11 @@ def ask_in_every_form(
         asked: list[tuple[int, str, tuple[str, str]]] = []
         for k, item in enumerate(members):
             asked += [(k, name, pair) for name, pair in item.forms.items()]
-            if shots:
-                asked.append((k, "few-shot", (_neighbours(members, item, shots), item.target)))
-        choices = _choice_prompts(members)
+            if shots and len(members) > 1:
+                pair = (_neighbours(members, item, shots, separator), item.target)
+                if context is None or len(encode_pair(tokenizer, *pair)[0]) <= context:
+                    asked.append((k, "few-shot", pair))
+        choices = _choice_prompts(members, tokenizer)
         flat = [pair for options in choices for pair in options]
         scores = recite(
             model,
@@ -97,27 +118,39 @@ def ask_in_every_form(
             [pair for _, _, pair in asked] + flat,
             batch_size,
             progress and f"{progress}: {family}",
+            refuse=False,
         )
-        got: dict[str, dict[int, bool]] = {}
+        got: dict[str, dict[int, bool | None]] = {}
         for (k, name, _), score in zip(asked, scores):
-            got.setdefault(name, {})[k] = score.strict
-        remembered = [any(hits.get(k, False) for hits in got.values()) for k in range(len(members))]
-        out += [Form(family, name, len(hits), sum(hits.values())) for name, hits in got.items()]
-        out.append(
-            Form(family, "multiple choice", len(members), _chosen(choices, scores[len(asked) :]))
-        )
-        out.append(Form(family, "worst", len(members), sum(remembered)))
+            got.setdefault(name, {})[k] = score.strict if score.known else None
+
+        def form(name: str, hits: Mapping[int, bool | None], of=members, family=family) -> Form:
+            return Form(family, name, tuple(of[k].id for k in hits), tuple(hits.values()))
+
+        out += [form(name, hits) for name, hits in got.items()]
+        out.append(form(ANY, {k: _any(got.values(), k) for k in range(len(members))}))
+        if all(len(options) > 1 for options in choices):
+            out.append(form(CHOICE, _chosen(choices, scores[len(asked) :])))
     return out
 
 
-def _chosen(choices: Sequence[Sequence[tuple[str, str]]], scores: Sequence[Recitation]) -> int:
-    """How often the right option (the first) is strictly the most probable."""
-    right, start = 0, 0
-    for options in choices:
-        mine = [s.logprob for s in scores[start : start + len(options)]]
+def _any(forms: Iterable[Mapping[int, bool | None]], k: int) -> bool | None:
+    answers = [hits[k] for hits in forms if k in hits]
+    return None if None in answers else any(answers)
+
+
+def _chosen(
+    choices: Sequence[Sequence[tuple[str, str]]], scores: Sequence[Recitation]
+) -> dict[int, bool | None]:
+    """Whether the right option (the first) is strictly the most probable, per item."""
+    out: dict[int, bool | None] = {}
+    start = 0
+    for k, options in enumerate(choices):
+        mine = scores[start : start + len(options)]
         start += len(options)
-        right += len(mine) > 1 and mine[0] > max(mine[1:])
-    return right
+        known = all(s.known for s in mine)
+        out[k] = mine[0].logprob > max(s.logprob for s in mine[1:]) if known else None
+    return out
 
 
 @dataclass(frozen=True)
@@ -126,18 +159,20 @@ class FamilyRecall:
     extraction strength. loose: share whose greedy continuation is similar (None where generation
     was not asked for). logprob: mean per token, nats. extractable: share that EXTRACTION_TRIES
     samples hold with 90 %. exposure_bits, auroc: against never-shown items of the same family, None
-    where there are none."""
+    where there are none. All are None, and `note` says why, where an item's logits were not
+    finite."""
 
     family: str
     n: int
-    strict: float
-    loose: float | None
-    right: float
-    extraction: float
-    logprob: float
-    extractable: float
-    exposure_bits: float | None
-    auroc: float | None
+    strict: float | None = None
+    loose: float | None = None
+    right: float | None = None
+    extraction: float | None = None
+    logprob: float | None = None
+    extractable: float | None = None
+    exposure_bits: float | None = None
+    auroc: float | None = None
+    note: str = ""
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -147,39 +182,32 @@ def _mean(values: Sequence[float]) -> float:
 def recall_by_family(
     items: Sequence[Item],
     scores: Sequence[Recitation],
-    model: PreTrainedModel | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    batch_size: int = 64,
+    similarity: Mapping[str, float] | None = None,
 ) -> list[FamilyRecall]:
-    """What the teacher-forced pass behind `scores` gives; with a model the loose share too."""
+    """What the teacher-forced pass behind `scores` gives; loose recall from `similarity` (item id
+    -> similarity of its greedy continuation) where it covers the family."""
+    near = similarity or {}
     rows = []
     for family in dict.fromkeys(i.family for i in items):
-        mine = [
-            (i, s)
-            for i, s in zip(items, scores, strict=True)
-            if i.family == family and i.well_exposed
-        ]
-        never = [
-            s.logprob / s.tokens
-            for i, s in zip(items, scores)
-            if i.family == family and i.exposure == 0
-        ]
+        of_family = [(i, s) for i, s in zip(items, scores, strict=True) if i.family == family]
+        mine = [(i, s) for i, s in of_family if i.well_exposed]
         if not mine:
             continue
+        broken = sum(not s.known for _, s in of_family)
+        if broken:
+            note = f"not available: {broken} of {len(of_family)} items gave non-finite logits"
+            rows.append(FamilyRecall(family, len(mine), note=note))
+            continue
+        never = [s.logprob / s.tokens for i, s in of_family if i.exposure == 0]
         per_token = [s.logprob / s.tokens for _, s in mine]
-        loose = None
-        if model is not None and tokenizer is not None:
-            near = similarities(
-                model, tokenizer, [(i.prompt, i.target) for i, _ in mine], batch_size
-            )
-            loose = _mean([x >= LOOSE for x in near])
+        written = [near[i.id] for i, _ in mine if i.id in near]
         got = [s for _, s in mine]
         rows.append(
             FamilyRecall(
                 family,
                 len(mine),
                 _mean([s.strict for s in got]),
-                loose,
+                _mean([x >= LOOSE for x in written]) if len(written) == len(mine) else None,
                 _mean([s.right for s in got]),
                 _mean([s.extraction for s in got]),
                 _mean(per_token),
@@ -191,12 +219,36 @@ def recall_by_family(
     return rows
 
 
-def forms_section(base: Sequence[Form], edited: Sequence[Form]) -> list[Mapping[str, object]]:
-    """Rows for `results.json`: {family, form, n, base, edited}. Raises ValueError where the arms
-    were asked differently."""
-    if [(f.family, f.form, f.n) for f in base] != [(f.family, f.form, f.n) for f in edited]:
+def form_pairs(base: Form, edited: Form) -> tuple[list[float], list[float]] | None:
+    """Scores of the two arms per item, chance taken off: (hit - chance) / (1 - chance). None where
+    an item could not be scored. Raises ValueError where the arms were asked differently."""
+    if (base.family, base.form, base.items) != (edited.family, edited.form, edited.items):
         raise ValueError("the two arms were asked in different forms: ask both with the same items")
-    return [
-        {"family": a.family, "form": a.form, "n": a.n, "base": a.rate, "edited": b.rate}
-        for a, b in zip(base, edited)
-    ]
+    if None in base.hits or None in edited.hits:
+        return None
+    c = base.chance
+    before, after = ([(float(h or 0) - c) / (1 - c) for h in form.hits] for form in (base, edited))
+    return before, after
+
+
+def forms_section(base: Sequence[Form], edited: Sequence[Form]) -> list[dict[str, object]]:
+    """Rows for `results.json`: {family, form, n, base, edited, share}; share is edited over base
+    with its interval, chance taken off, None where the base gets nothing. Raises ValueError where
+    the arms were asked differently."""
+    if [(f.family, f.form) for f in base] != [(f.family, f.form) for f in edited]:
+        raise ValueError("the two arms were asked in different forms: ask both with the same items")
+    rows: list[dict[str, object]] = []
+    for a, b in zip(base, edited):
+        pairs = form_pairs(a, b)
+        share = share_interval([pairs[0]], [pairs[1]]) if pairs and sum(pairs[0]) > 0 else None
+        rows.append(
+            {
+                "family": a.family,
+                "form": a.form,
+                "n": len(a.items),
+                "base": a.rate,
+                "edited": b.rate,
+                "share": None if share is None else asdict(share),
+            }
+        )
+    return rows

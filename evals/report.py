@@ -11,6 +11,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from evals.comparison import Interval
 from evals.figures import Drawing, draw_all
 from evals.verdict import Verdict, answers, percent, read_results
 
@@ -91,11 +92,13 @@ def control_table(verdict: Verdict) -> Table:
         (
             "this run",
             percent(verdict.recall_share),
-            percent(verdict.recall_share_after_relearning),
+            percent(verdict.recall_share_after_matched_relearning),
             percent(verdict.reasoning_share),
             percent(verdict.reasoning_share_before_healing),
             percent(verdict.parameters_share),
             _number(verdict.clean_perplexity_ratio),
+            _number(verdict.clean_kl),
+            percent(verdict.gibberish_edited),
         )
     ]
     for c in verdict.controls:
@@ -108,13 +111,16 @@ def control_table(verdict: Verdict) -> Table:
                 percent(c.reasoning_share_before_healing),
                 percent(c.parameters_share),
                 _number(c.clean_perplexity_ratio),
+                _number(c.clean_kl),
+                percent(c.gibberish),
             )
         )
     return Table(
         "Against controls",
         "Edits of the same size that know nothing about memory, given the same healing. Any "
         "shrinking hurts recall first: "
-        "what counts is the difference to these. Shares of the base.",
+        "what counts is the difference to these. Shares of the base; the same relearning attacks "
+        "for all; divergence KL(base || arm) on clean text in nats per token; collapsed samples.",
         (
             "arm",
             "recall",
@@ -123,30 +129,31 @@ def control_table(verdict: Verdict) -> Table:
             "reasoning before healing",
             "parameters",
             "clean perplexity (times)",
+            "divergence",
+            "collapsed",
         ),
         tuple(rows),
     )
 
 
-def family_table(families: Mapping[str, Any], loose: Mapping[str, Any]) -> Table:
-    """loose: arm -> family -> share, where generation was asked for."""
+def family_table(families: Mapping[str, Any]) -> Table:
     rows = []
     for arm in ("base", "edited"):
         for f in families[arm]:
-            near = loose.get(arm, {}).get(f["family"], f["loose"])
             rows.append(
                 (
                     f["family"],
                     arm,
                     str(f["n"]),
                     percent(f["strict"]),
-                    percent(near),
+                    percent(f["loose"]),
                     percent(f["right"]),
                     percent(f["extraction"]),
                     percent(f["extractable"]),
-                    f"{f['logprob']:.2f}",
+                    _number(f["logprob"]),
                     _number(f["exposure_bits"]),
                     _number(f["auroc"]),
+                    f.get("note", ""),
                 )
             )
     rows.sort(key=lambda row: row[0])
@@ -168,23 +175,34 @@ def family_table(families: Mapping[str, Any], loose: Mapping[str, Any]) -> Table
             "log p",
             "exposure",
             "AUROC",
+            "note",
         ),
         tuple(rows),
     )
 
 
 def arms_table(arms: Mapping[str, Mapping[str, float | None]]) -> Table:
-    columns = ("recall", "reasoning", "arithmetic", "listed", "unlisted")
+    columns = ("recall", "loose", "reasoning", "arithmetic", "listed", "unlisted")
     rows = tuple(
-        (name, *(percent(arm.get(c)) for c in columns), _number(arm.get("perplexity")))
+        (
+            name,
+            *(percent(arm.get(c)) for c in columns),
+            _number(arm.get("perplexity")),
+            # a model does not diverge from itself
+            "" if name == "base" else _number(arm.get("kl")),
+            percent(arm.get("gibberish")),
+        )
         for name, arm in arms.items()
     )
     return Table(
         "Every model of this run",
         "Test split, plain values. `cut` is the dense edit, `shrunk` the model without the removed "
         "neurons before healing, `edited` the exported checkpoint; a control is healed unless it "
-        "says otherwise. Listed and unlisted: general knowledge inside and outside the kept text.",
-        ("model", *columns, "clean perplexity"),
+        "says otherwise. Loose: greedy continuations at 75 % token similarity. Listed and "
+        "unlisted: general knowledge inside and outside the kept text. Divergence: KL(base || "
+        "model) on clean text, nats per token. Collapsed: greedy continuations of clean text that "
+        "repeat themselves or that the base finds unlikely.",
+        ("model", *columns, "clean perplexity", "divergence", "collapsed"),
         rows,
     )
 
@@ -203,40 +221,53 @@ def exposure_table(table: Mapping[str, Any]) -> Table:
     )
 
 
-def attack_table(
-    curves: Sequence[Mapping[str, Any]], robustness: Sequence[Mapping[str, Any]] = ()
-) -> Table:
-    rows = [
+def relearning_table(curves: Sequence[Mapping[str, Any]]) -> Table:
+    rows = tuple(
         (
-            f"relearning on {c['shown']}, lr {c['lr']:g}, {c['steps'][-1]} steps",
             c["arm"],
+            c["shown"],
+            f"{c['lr']:g}",
             c["group"],
             str(c["n"]),
-            percent(c["recall"][0]),
-            percent(c["recall"][-1]),
-            f"area {c['area']:.3f}" + (f"; {c['note']}" if c.get("note") else ""),
+            percent(c["recall"][0] if c["recall"] else None),
+            percent(c["recall"][-1] if c["recall"] and not c.get("note") else None),
+            percent(c["area"]),
+            c.get("note", ""),
         )
         for c in curves
-    ]
-    for r in robustness:
-        rows.append(
-            (
-                r["attack"],
-                r["arm"],
-                r["group"],
-                str(r["n"]),
-                percent(r["before"]),
-                percent(r["after"]),
-                r.get("note", ""),
-            )
-        )
+    )
+    steps = max((c["steps"][-1] for c in curves if c["steps"]), default=0)
     return Table(
-        "Attacks",
-        "Would the forgotten come back? Share of items recited before and after each attack. "
-        "Items that training never showed "
-        "stand for what an attack teaches anew.",
-        ("attack", "arm", "items", "n", "before", "after", "note"),
-        tuple(rows),
+        "Relearning attacks",
+        f"Share of items recited before and after {steps} steps of fine-tuning on other memories or"
+        " on text without memories, and the mean over the steps (area). Items that training never "
+        "showed stand for what an attack teaches anew.",
+        ("model", "trained on", "lr", "items", "n", "before", "after", "area", "note"),
+        rows,
+    )
+
+
+def robustness_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """One row per attack and group of items, one column per model."""
+    arms = list(dict.fromkeys(r["arm"] for r in rows))
+    groups = list(dict.fromkeys((r["group"], r["n"]) for r in rows))
+    found = {(r["attack"], r["arm"], r["group"]): r for r in rows}
+    attacks = list(dict.fromkeys(r["attack"] for r in rows))
+    out = []
+    for group, n in groups:
+        plain = {r["arm"]: r["before"] for r in rows if r["group"] == group}
+        out.append((group, str(n), "none", *(percent(plain.get(arm)) for arm in arms), ""))
+        for attack in attacks:
+            mine = [found.get((attack, arm, group)) for arm in arms]
+            values = [percent(None if r is None else r["after"]) for r in mine]
+            notes = dict.fromkeys(r["note"] for r in mine if r is not None and r["note"])
+            out.append((group, str(n), attack, *values, "; ".join(notes)))
+    return Table(
+        "Attacks without training",
+        "Share of items recited after weights are rounded to nearest, by any of several samples, "
+        "and after other memories as a few-shot prompt.",
+        ("items", "n", "attack", *arms, "note"),
+        tuple(out),
     )
 
 
@@ -284,14 +315,21 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
     if results.get("arms"):
         out.append(arms_table(results["arms"]))
     if (judgement.get("families") or {}).get("base"):
-        out.append(family_table(judgement["families"], results.get("loose") or {}))
+        out.append(family_table(judgement["families"]))
     if (judgement.get("recall_by_exposure") or {}).get("base"):
         out.append(exposure_table(judgement["recall_by_exposure"]))
-    if results.get("attacks") or results.get("robustness"):
-        out.append(attack_table(results.get("attacks") or (), results.get("robustness") or ()))
-    for forms in [results.get("forms")]:
-        if forms:
-            out.append(forms_table(forms))
+    if results.get("forms"):
+        out.append(forms_table(results["forms"]))
+    if results.get("attacks"):
+        out.append(relearning_table(results["attacks"]))
+    if results.get("robustness"):
+        out.append(robustness_table(results["robustness"]))
+    if judgement.get("left_out") or judgement.get("duplicates_dropped"):
+        counted = dict(judgement.get("left_out") or {})
+        for task, n in (judgement.get("duplicates_dropped") or {}).items():
+            counted[f"{task}, given twice"] = n
+        note = "Given texts of the test split that could not be asked, and how many of them."
+        out.append(mapping_table("Left out", note, counted))
     if results.get("teaching"):
         out += teaching_tables(results["teaching"])
     out += map_tables(results.get("curvature_map") or {})
@@ -438,15 +476,21 @@ def scan_table(scan: Mapping[str, Any]) -> Table:
 
 
 def forms_table(forms: Sequence[Mapping[str, Any]]) -> Table:
+    def share(f: Mapping[str, Any]) -> str:
+        kept = f.get("share")
+        return percent(None) if kept is None else percent(kept["value"], Interval(**kept))
+
     rows = tuple(
-        (f["family"], f["form"], str(f["n"]), percent(f["base"]), percent(f["edited"]))
+        (f["family"], f["form"], str(f["n"]), percent(f["base"]), percent(f["edited"]), share(f))
         for f in forms
     )
     return Table(
         "The same memories, asked in other ways",
-        "Closed-book questions about held-out items in several forms. `worst` counts an item as "
-        "remembered if any form gets it.",
-        ("family", "form", "n", "base", "edited"),
+        "Closed-book questions about well-exposed held-out items. `any of these` counts an item if "
+        "any greedy form gets it; one answer in four is right by chance in multiple choice, which "
+        "the share of the base takes off. The larger of these two shares is the verdict's worst "
+        "form.",
+        ("family", "form", "n", "base", "edited", "share of the base"),
         rows,
     )
 

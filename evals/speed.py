@@ -9,8 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, PreTrainedModel
+
+from curvature.targets import count_parameters
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".gguf")
 
@@ -44,17 +47,29 @@ class Speed:
         return self.flops_edited / self.flops_base
 
 
-def count_parameters(model: torch.nn.Module) -> int:
-    """Weights in memory; a tensor that two names share counts once."""
-    return sum(p.numel() for p in model.parameters())
-
-
 def checkpoint_bytes(folder: str | Path) -> int:
-    """Bytes of the weight files of a checkpoint folder. Raises ValueError where it has none."""
-    sizes = [p.stat().st_size for p in Path(folder).iterdir() if p.suffix in WEIGHT_SUFFIXES]
-    if not sizes:
-        raise ValueError(f"{folder} holds no weight file ({', '.join(WEIGHT_SUFFIXES)})")
-    return sum(sizes)
+    """Bytes of the weight files of a checkpoint folder: safetensors where there are any, as
+    transformers loads them. Raises ValueError where it has none."""
+    files = list(Path(folder).iterdir())
+    for suffix in WEIGHT_SUFFIXES:
+        sizes = [p.stat().st_size for p in files if p.suffix == suffix]
+        if sizes:
+            return sum(sizes)
+    raise ValueError(f"{folder} holds no weight file ({', '.join(WEIGHT_SUFFIXES)})")
+
+
+def stored_bytes(name: str | Path) -> int | None:
+    """`checkpoint_bytes` of a folder or of a Hugging Face name that was downloaded; None where the
+    files are not on this machine."""
+    if not Path(name).is_dir():
+        found = try_to_load_from_cache(str(name), "config.json")
+        if not isinstance(found, str):
+            return None
+        name = Path(found).parent
+    try:
+        return checkpoint_bytes(name)
+    except ValueError:
+        return None
 
 
 def _wait(device: torch.device) -> None:

@@ -11,19 +11,21 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from evals.attacks import Curve
+from evals.attacks import UNRELATED, Curve
 from evals.comparison import (
-    Comparison,
     Interval,
     class_shares,
     compare,
+    incomparable,
     paired_scores,
     rate_interval,
     share_interval,
 )
 from evals.evalset import EvalSet
 from evals.judge import Judgement, recall_by_exposure
-from evals.recall import recall_by_family
+from evals.memorization import LOOSE
+from evals.reasoning import ACCURACIES
+from evals.recall import ANY, CHOICE, form_pairs, recall_by_family
 from evals.speed import Speed
 
 SCHEMA = 1
@@ -46,6 +48,8 @@ class Control:
     recall_share_after_relearning: float | None = None
     reasoning_share_before_healing: float | None = None
     clean_perplexity_ratio: float | None = None
+    clean_kl: float | None = None
+    gibberish: float | None = None
 
 
 @dataclass(frozen=True)
@@ -59,8 +63,12 @@ class Verdict:
     recall_edited: float | None = None
     recall_share: float | None = None
     recall_share_before_healing: float | None = None
+    recall_share_loose: float | None = None
+    recall_share_worst_form: float | None = None
     recall_share_untargeted: float | None = None
     recall_share_after_relearning: float | None = None
+    recall_share_after_matched_relearning: float | None = None
+    recall_share_after_unrelated_training: float | None = None
     reasoning_base: float | None = None
     reasoning_edited: float | None = None
     reasoning_share: float | None = None
@@ -70,6 +78,7 @@ class Verdict:
     knowledge_share_unlisted: float | None = None
     clean_perplexity_base: float | None = None
     clean_perplexity_ratio: float | None = None
+    clean_kl: float | None = None
     gibberish_base: float | None = None
     gibberish_edited: float | None = None
     parameters_base: int | None = None
@@ -111,20 +120,14 @@ def _share(edited: float | None, base: float | None) -> float | None:
     return None if edited is None or not base else edited / base
 
 
-def _hits(evalset: EvalSet, judgement: Judgement, targeted: bool) -> list[float]:
-    pairs = zip(evalset.memories, judgement.memories, strict=True)
-    return [float(r.strict) for i, r in pairs if i.well_exposed and i.targeted == targeted]
-
-
 def _task_groups(
     evalset: EvalSet, base: Judgement, other: Judgement, aside: bool
 ) -> tuple[list[list[float]], list[list[float]]] | None:
-    """Paired scores per task of one class; None where a task of it has no value."""
+    """Paired scores per task of one class; None where a task of it has no value, or other documents
+    in the two arms."""
     after = {t.task: t for t in other.tasks}
     chosen = [t for t in base.tasks if (t.task in evalset.aside) == aside]
-    if not chosen or any(
-        t.value is None or t.task not in after or after[t.task].value is None for t in chosen
-    ):
+    if not chosen or any(incomparable(t, after.get(t.task)) for t in chosen):
         return None
     pairs = [paired_scores(t, after[t.task]) for t in chosen]
     return [a for a, _ in pairs], [b for _, b in pairs]
@@ -143,28 +146,87 @@ def recall_share(
     evalset: EvalSet, base: Judgement, other: Judgement, *, targeted: bool = True
 ) -> Interval | None:
     """Strict recall of well-exposed memories, other over base."""
-    hits = _hits(evalset, base, targeted), _hits(evalset, other, targeted)
-    return share_interval([hits[0]], [hits[1]]) if hits[0] else None
+    hits = [j.hits(evalset, targeted=targeted) for j in (base, other)]
+    return share_interval([hits[0]], [hits[1]]) if all(hits) else None
+
+
+def loose_share(evalset: EvalSet, base: Judgement, other: Judgement) -> Interval | None:
+    """The same for greedy continuations of at least LOOSE token similarity."""
+    ids = [i.id for i in evalset.headline()]
+    if not ids or not all(k in j.similarity for j in (base, other) for k in ids):
+        return None
+    before, after = ([float(j.similarity[k] >= LOOSE) for k in ids] for j in (base, other))
+    return share_interval([before], [after])
+
+
+def worst_form_share(
+    evalset: EvalSet, base: Judgement, other: Judgement
+) -> tuple[Interval, str] | None:
+    """Recall of the headline memories by whichever way of asking shows the most, other over base,
+    and the name of that way: any greedy form of the question, or multiple choice with chance taken
+    off. None where no targeted memory has forms."""
+    targeted = {i.id for i in evalset.headline()}
+    ways: dict[str, tuple[list[float], list[float]]] = {}
+    for form in (ANY, CHOICE):
+        for a, b in zip(base.forms, other.forms, strict=True):
+            pairs = form_pairs(a, b)
+            if a.form == form and targeted.issuperset(a.items) and pairs is not None:
+                before, after = ways.setdefault(form, ([], []))
+                before += pairs[0]
+                after += pairs[1]
+    shares = [
+        (share, name)
+        for name, (before, after) in ways.items()
+        if sum(before) > 0 and (share := share_interval([before], [after])) is not None
+    ]
+    return max(shares, key=lambda pair: pair[0].value, default=None)
 
 
 def relearned_share(
     evalset: EvalSet, base: Judgement, curves: Sequence[Curve], group: str
 ) -> Interval | None:
-    """Recall of the held-out memories after the worst relearning attack of one arm, over the base's
+    """Recall of the held-out memories after the worst of these attacks on one arm, over the base's
     recall before any.
 
     Among `curves` of that group the one with the highest last recall counts. None where no curve is
     complete."""
     done = [c for c in curves if c.group == group and not c.note]
-    if not done:
+    before = base.hits(evalset)
+    if not done or not before:
         return None
     worst = max(done, key=lambda c: c.recall[-1])
-    before = _hits(evalset, base, True)
     if len(before) != len(worst.hits):
         raise ValueError(
             f"the attack scored {len(worst.hits)} items of group {group!r}, the judge {len(before)}"
         )
     return share_interval([before], [[float(h) for h in worst.hits]])
+
+
+def control(
+    name: str,
+    evalset: EvalSet,
+    base: Judgement,
+    healed: Judgement,
+    unhealed: Judgement,
+    curves: Sequence[Curve],
+    parameters_share: float,
+) -> Control:
+    """The figures of a control. curves: its relearning attacks."""
+
+    def value(interval: Interval | None) -> float | None:
+        return None if interval is None else interval.value
+
+    return Control(
+        name,
+        value(recall_share(evalset, base, healed)),
+        value(reasoning_share(evalset, base, healed)),
+        parameters_share,
+        value(relearned_share(evalset, base, curves, "held out")),
+        value(reasoning_share(evalset, base, unhealed)),
+        healed.perplexity / base.perplexity,
+        healed.kl,
+        healed.gibberish,
+    )
 
 
 def reach_verdict(
@@ -174,6 +236,7 @@ def reach_verdict(
     *,
     before_healing: Judgement | None = None,
     curves: Sequence[Curve] = (),
+    matched: Sequence[tuple[str, float]] = (),
     attacked_group: str = "held out",
     speed: Speed | None = None,
     bytes_base: int | None = None,
@@ -186,7 +249,8 @@ def reach_verdict(
 ) -> Verdict:
     """All numbers of the verdict from what was measured.
 
-    curves: the relearning curves of the edited model. before_healing: the shrunk model before its
+    curves: the relearning curves of the edited model. matched: (what is shown, learning rate) of
+    the attacks that the controls were given too. before_healing: the shrunk model before its
     fine-tune. teaching: the five numbers of the teaching stage by name. notes: reasons already
     known, by name of the number.
     """
@@ -202,11 +266,11 @@ def reach_verdict(
             intervals[name] = interval
 
     for arm, judgement in (("base", base), ("edited", edited)):
-        hits = _hits(evalset, judgement, True)
+        hits = judgement.hits(evalset)
         put(
             f"recall_{arm}",
             rate_interval(int(sum(hits)), len(hits)) if hits else None,
-            "no well-exposed memories",
+            judgement.notes.get("recall", "no well-exposed memories"),
         )
         value = judgement.reasoning(evalset)
         if value is None:
@@ -214,8 +278,12 @@ def reach_verdict(
         values[f"reasoning_{arm}"] = value
         values[f"gibberish_{arm}"] = judgement.gibberish
         if judgement.gibberish is None:
-            reasons.setdefault(f"gibberish_{arm}", "samples were not taken")
-    nothing = "the base recites none of the memories"
+            why = judgement.notes.get("gibberish", "samples were not taken")
+            reasons.setdefault(f"gibberish_{arm}", why)
+    nothing = _first(
+        [base.notes.get("recall"), edited.notes.get("recall")],
+        "the base recites none of the memories",
+    )
     put("recall_share", recall_share(evalset, base, edited), nothing)
     put(
         "recall_share_before_healing",
@@ -223,17 +291,41 @@ def reach_verdict(
         nothing if before_healing is not None else "the model before healing was not judged",
     )
     put(
+        "recall_share_loose",
+        loose_share(evalset, base, edited),
+        _first([base.notes.get("loose"), edited.notes.get("loose")], "no continuations were taken")
+        if not (base.similarity and edited.similarity)
+        else "the base recites none of the memories, loosely or not",
+    )
+    worst = worst_form_share(evalset, base, edited)
+    put(
+        "recall_share_worst_form",
+        worst and worst[0],
+        "no targeted memory can be asked in another form, or the base answers none",
+    )
+    if worst is not None:
+        reasons.setdefault("recall_share_worst_form", f"worst: {worst[1]}")
+    put(
         "recall_share_untargeted",
         recall_share(evalset, base, edited, targeted=False),
         "every family of memories was targeted, or the base recites none of the others",
     )
-    put(
-        "recall_share_after_relearning",
-        relearned_share(evalset, base, curves, attacked_group),
-        "no relearning attack was run to its end"
-        if not any(c.group == attacked_group and not c.note for c in curves)
-        else nothing,
-    )
+    on_memories = [c for c in curves if c.shown != UNRELATED]
+    attacks = {
+        "recall_share_after_relearning": list(curves),
+        "recall_share_after_matched_relearning": [
+            c for c in on_memories if (c.shown, c.lr) in matched
+        ],
+        "recall_share_after_unrelated_training": [c for c in curves if c.shown == UNRELATED],
+    }
+    for name, chosen in attacks.items():
+        mine = [c for c in chosen if c.group == attacked_group]
+        share = relearned_share(evalset, base, mine, attacked_group)
+        unfinished = _first([c.note for c in mine], "no such attack was run to its end")
+        put(name, share, nothing if any(not c.note for c in mine) else unfinished)
+        if share is not None and name == "recall_share_after_relearning":
+            top = max((c for c in mine if not c.note), key=lambda c: c.recall[-1])
+            reasons.setdefault(name, f"worst of {len(mine)}: {top.shown}, lr {top.lr:g}")
     why = "; ".join(dict.fromkeys((_missing_tasks(base), _missing_tasks(edited))))
     put("reasoning_share", reasoning_share(evalset, base, edited), why)
     put(
@@ -247,15 +339,17 @@ def reach_verdict(
         why if before_healing is not None else "the model before healing was not judged",
     )
     for part in ("listed", "unlisted"):
-        hits_base = [float(r.strict) for r in getattr(base, part)]
-        hits_edited = [float(r.strict) for r in getattr(edited, part)]
+        known = [j.known_hits(part == "listed") for j in (base, edited)]
         put(
             f"knowledge_share_{part}",
-            share_interval([hits_base], [hits_edited]) if hits_base else None,
+            share_interval([known[0]], [known[1]]) if all(known) else None,
             f"no {part} general knowledge was given, or the base knows none of it",
         )
     values["clean_perplexity_base"] = base.perplexity
     values["clean_perplexity_ratio"] = edited.perplexity / base.perplexity
+    values["clean_kl"] = edited.kl
+    if edited.kl is None:
+        reasons.setdefault("clean_kl", edited.notes.get("kl", "not measured"))
     if speed is not None:
         values |= {
             "parameters_base": speed.parameters_base,
@@ -294,6 +388,10 @@ def reach_verdict(
     return Verdict(**values, controls=tuple(controls), intervals=intervals, notes=reasons)
 
 
+def _first(reasons: Sequence[str | None], otherwise: str) -> str:
+    return next((r for r in reasons if r), otherwise)
+
+
 def _missing_tasks(judgement: Judgement) -> str:
     missing = [f"{t.task}: {t.note or 'no value'}" for t in judgement.tasks if t.value is None]
     return "; ".join(missing) if missing else "the base scores nothing on these tasks"
@@ -323,13 +421,19 @@ def answers(verdict: Verdict) -> list[tuple[str, str]]:
     def share(name: str) -> str:
         text = percent(getattr(v, name), v.intervals.get(name))
         why = v.notes.get(name)
-        return f"not available ({why})" if getattr(v, name) is None and why else text
+        if getattr(v, name) is None and why:
+            return f"not available ({why.removeprefix('not available: ')})"
+        return text
 
     forgotten = (
         f"Recall of held-out memories is {share('recall_share')} of the base "
         f"({percent(v.recall_base)} before, {percent(v.recall_edited)} after; before healing "
         f"{share('recall_share_before_healing')} of the base). "
-        f"After an attacker relearns on other memories: {share('recall_share_after_relearning')}. "
+        f"Loosely recited: {share('recall_share_loose')}; asked in whichever form shows the most: "
+        f"{share('recall_share_worst_form')}. "
+        f"After the worst relearning attack: {share('recall_share_after_relearning')}"
+        f"{_which(v, 'recall_share_after_relearning')}; after the attack that controls were given: "
+        f"{share('recall_share_after_matched_relearning')}. "
         f"Memories of a kind the edit was not shown: {share('recall_share_untargeted')}."
     )
     if v.broken:
@@ -339,8 +443,9 @@ def answers(verdict: Verdict) -> list[tuple[str, str]]:
         f"{share('reasoning_share_before_healing')}; arithmetic {share('arithmetic_share')}. "
         f"General knowledge: {share('knowledge_share_listed')} of what was listed, "
         f"{share('knowledge_share_unlisted')} of what was not. "
-        f"Clean perplexity is {_ratio(v.clean_perplexity_ratio)} the base's; collapsed samples "
-        f"{percent(v.gibberish_edited)} (base {percent(v.gibberish_base)})."
+        f"Clean perplexity is {_ratio(v.clean_perplexity_ratio)} the base's, divergence from it "
+        f"{'not available' if v.clean_kl is None else f'{v.clean_kl:.3f} nats per token'}; "
+        f"collapsed samples {percent(v.gibberish_edited)} (base {percent(v.gibberish_base)})."
     )
     smaller = (
         f"{percent(v.parameters_share)} of the parameters ({_count(v.parameters_base)} to "
@@ -371,6 +476,12 @@ def answers(verdict: Verdict) -> list[tuple[str, str]]:
     return out
 
 
+def _which(verdict: Verdict, name: str) -> str:
+    """The note of a number that was had: which of several it is."""
+    note = verdict.notes.get(name)
+    return f" ({note})" if note and getattr(verdict, name) is not None else ""
+
+
 def _ratio(value: float | None) -> str:
     return "not available" if value is None else f"{value:.2f} times"
 
@@ -396,14 +507,17 @@ def spectrum_of(evalset: EvalSet, base: Judgement, edited: Judgement) -> dict[st
     out: dict[str, Interval | None] = {}
     scored = list(zip(evalset.memories, base.memories, edited.memories, strict=True))
     for family in dict.fromkeys(i.family for i in evalset.memories):
-        mine = [(a.strict, b.strict) for i, a, b in scored if i.family == family and i.well_exposed]
-        if mine:
+        both = [(a, b) for i, a, b in scored if i.family == family and i.well_exposed]
+        mine = [(a.strict, b.strict) for a, b in both]
+        if any(not (a.known and b.known) for a, b in both):
+            out[f"recitation: {family}"] = None
+        elif mine:
             out[f"recitation: {family}"] = share_interval(
                 [[float(a) for a, _ in mine]], [[float(b) for _, b in mine]]
             )
     for part in ("unlisted", "listed"):
-        hits = [[float(r.strict) for r in getattr(judgement, part)] for judgement in (base, edited)]
-        if hits[0]:
+        hits = [judgement.known_hits(part == "listed") for judgement in (base, edited)]
+        if all(hits):
             out[f"knowledge, {part}"] = share_interval([hits[0]], [hits[1]])
     names = [t.task for t in base.tasks]
     known = {task for tasks in CLASSES.values() for task in tasks}
@@ -413,7 +527,12 @@ def spectrum_of(evalset: EvalSet, base: Judgement, edited: Judgement) -> dict[st
     out |= class_shares(
         base.tasks, edited.tasks, {k: tasks for k, tasks in groups.items() if tasks}
     )
-    return out
+    # what is no accuracy (a perplexity) has no place on this scale: it stands in the task table
+    asked: dict[str, list[str]] = {}
+    for task in base.benchmarks:
+        if task.metric in ACCURACIES:
+            asked.setdefault(f"lm-eval: {task.group}", []).append(task.task)
+    return out | class_shares(base.benchmarks, edited.benchmarks, asked)
 
 
 def judgement_section(evalset: EvalSet, base: Judgement, edited: Judgement) -> dict[str, Any]:
@@ -423,12 +542,13 @@ def judgement_section(evalset: EvalSet, base: Judgement, edited: Judgement) -> d
     for arm, judgement in (("base", base), ("edited", edited)):
         table = {"early": [0, 0], "late": [0, 0]}
         for item, score in zip(evalset.memories, judgement.memories, strict=True):
-            if item.well_exposed and item.targeted:
+            if item.well_exposed and item.targeted and score.known:
                 row = table["late" if item.late else "early"]
                 row[0] += score.strict
                 row[1] += 1
         late[arm] = table
-    comparisons: list[Comparison] = compare(base.tasks, edited.tasks)
+    tasks = {arm: (*j.tasks, *j.benchmarks) for arm, j in (("base", base), ("edited", edited))}
+    comparisons, unavailable = compare(tasks["base"], tasks["edited"])
     return {
         "recall_by_exposure": {
             arm: {
@@ -441,7 +561,12 @@ def judgement_section(evalset: EvalSet, base: Judgement, edited: Judgement) -> d
         },
         "recall_late": late,
         "families": {
-            arm: [asdict(row) for row in recall_by_family(evalset.memories, judgement.memories)]
+            arm: [
+                asdict(row)
+                for row in recall_by_family(
+                    evalset.memories, judgement.memories, judgement.similarity
+                )
+            ]
             for arm, judgement in (("base", base), ("edited", edited))
         },
         "classes": {
@@ -449,14 +574,11 @@ def judgement_section(evalset: EvalSet, base: Judgement, edited: Judgement) -> d
             for name, share in spectrum_of(evalset, base, edited).items()
         },
         "tasks": [asdict(c) for c in comparisons],
-        "unavailable": {
-            f"{t.task} ({arm})": t.note
-            for arm, judgement in (("base", base), ("edited", edited))
-            for t in judgement.tasks
-            if t.value is None
-        },
-        "documents": {t.task: t.documents_sha256 for t in base.tasks},
-        "duplicates_dropped": {t.task: t.duplicates for t in base.tasks if t.duplicates},
+        "unavailable": unavailable,
+        "notes": {arm: j.notes for arm, j in (("base", base), ("edited", edited)) if j.notes},
+        "left_out": evalset.left_out,
+        "documents": {t.task: t.documents_sha256 for t in tasks["base"] if t.samples},
+        "duplicates_dropped": {t.task: t.duplicates for t in tasks["base"] if t.duplicates},
     }
 
 

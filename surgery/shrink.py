@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from curvature.eigenbases import eigh
 from curvature.factors import Factors
-from curvature.targets import Target, mlp_blocks
+from curvature.targets import Target, count_parameters, mlp_blocks
 from surgery.operate import kept_neurons
 from surgery.plan import Plan, check_plan
 
@@ -103,7 +103,7 @@ def neurons_for(model: nn.Module, parameters: float) -> float:
 
     Raises ValueError where more lies outside of the MLPs than may stay.
     """
-    everything = parameter_count(model)
+    everything = count_parameters(model)
     inside = sum(t.weight.numel() for block in mlp_blocks(model) for t in block.targets)
     share = 1 - (1 - parameters) * everything / inside
     if share <= 0:
@@ -213,8 +213,3 @@ def factorize(
         setattr(parent, target.name.rpartition(".")[2], thin.train(model.training))
         ranks[target.name] = rank
     return small, ranks
-
-
-def parameter_count(model: nn.Module) -> int:
-    """Number of parameters, tied ones once."""
-    return sum(p.numel() for p in model.parameters())

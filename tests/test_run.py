@@ -152,8 +152,65 @@ def test_the_saved_recipe_replays_to_the_same_bytes(finished, tmp_path):
     for name in ("checkpoint/model.safetensors", "stages/cut/plan.safetensors"):
         assert (finished / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
     a, b = (json.loads((f / "results.json").read_text()) for f in (finished, tmp_path / "b"))
-    for key in ("judgement", "arms", "attacks", "strength", "cost", "samples"):
+    keys = "judgement arms forms attacks robustness strength cost samples checkpoint".split()
+    for key in keys:
         assert a[key] == b[key], key
+
+
+def test_bytes_are_those_of_the_files_and_attacks_reach_every_arm(files, finished):
+    results = json.loads((finished / "results.json").read_text())
+    written, given = (
+        (folder / "model.safetensors").stat().st_size
+        for folder in (finished / "checkpoint", files / "model")
+    )
+    assert results["verdict"]["bytes_share"] == written / given
+    arms = {"base", "edited", "control-random"}
+    assert {c["arm"] for c in results["attacks"]} == arms
+    assert {r["arm"] for r in results["robustness"]} == arms
+    asked = {(c["arm"], c["shown"], c["lr"]) for c in results["attacks"]}
+    assert {lr for arm, text, lr in asked if arm == "edited" and text == "other memories"} == {
+        1e-4,
+        3e-4,
+        1e-3,
+    }
+    assert {a[1:] for a in asked if a[0] == "base"} == {
+        ("other memories", 3e-4),
+        ("unrelated text", 3e-4),
+    }
+    for arm in ("cut", "shrunk", "edited", "control-random"):
+        assert results["arms"][arm]["kl"] > 0
+        assert results["arms"][arm]["gibberish"] is not None
+
+
+def test_two_checkpoints_are_compared_without_surgery(files, finished, tmp_path, capsys):
+    """The checkpoint of a run against its patient gives the figures of the run itself."""
+    given = arguments(files, tmp_path / "two", model=None)
+    given += ["--evals-only", str(files / "model"), str(finished / "checkpoint")]
+    assert run.main(given) == 0
+    two = json.loads((tmp_path / "two" / "results.json").read_text())
+    first = json.loads((finished / "results.json").read_text())
+    for key in ("judgement", "forms", "samples"):
+        assert two[key] == first[key], key
+    for arm in ("base", "edited"):
+        assert two["arms"][arm] == first["arms"][arm]
+        for key in ("attacks", "robustness"):
+            mine, theirs = ([r for r in x[key] if r["arm"] == arm] for x in (two, first))
+            assert mine == theirs, (arm, key)
+    same = (
+        "recall_share reasoning_share clean_perplexity_ratio parameters_share bytes_share".split()
+    )
+    assert all(two["verdict"][k] == first["verdict"][k] for k in same)
+    assert not (tmp_path / "two" / "checkpoint").exists()
+    assert (tmp_path / "two" / "report.html").exists()
+    capsys.readouterr()
+    assert run.main(["--compare", str(finished), str(tmp_path / "two")]) == 0
+    said = capsys.readouterr().out
+    assert "parameters_share" in said
+    assert "two" in said
+    assert run.main(["--compare", str(tmp_path / "nowhere")]) == 2
+    replay = tmp_path / "two" / "recipe.yaml"
+    assert run.main(["--config", str(replay), "--out", str(tmp_path / "two")]) == 0
+    assert "running" not in capsys.readouterr().out
 
 
 def test_a_changed_setting_runs_what_depends_on_it_and_nothing_else(files, finished, capsys):
@@ -162,7 +219,7 @@ def test_a_changed_setting_runs_what_depends_on_it_and_nothing_else(files, finis
     assert "attack_steps" in capsys.readouterr().err
     assert run.main(arguments(files, finished, update=True, **changed)) == 0
     ran = {w.split()[1] for w in capsys.readouterr().out.splitlines() if w.startswith("running")}
-    assert ran == {"attack-edited", "attack-control-random"}
+    assert ran == {"attack-base", "attack-edited", "attack-control-random"}
 
 
 def test_a_second_run_at_the_same_time_is_refused(files, finished, capsys):
@@ -190,6 +247,11 @@ BAD = {
     "unknown control": ({"controls": ["magic"]}, "'magic' is unknown: expected one of"),
     "share above one": ({"keep_neurons": 1.5}, "expected a share"),
     "no problems": ({"problems": 0}, "expected at least 1"),
+    "unknown benchmark": ({"tasks": ["no_such_task"]}, "unknown task 'no_such_task'"),
+    "no chat template": (
+        {"tasks": ["prompt_answer"], "apply_chat_template": True},
+        "has no chat template",
+    ),
     "half of the texts": ({"memorized": None}, "needs both --memorized"),
     "folder of something else": ({"out": "{files}/foreign"}, "is not a run folder"),
 }

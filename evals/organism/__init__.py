@@ -77,6 +77,7 @@ def _evalset(seed: int, split: str, families: Sequence[str], n: int) -> EvalSet:
             "language", "reference", clean, f"grammar sentences of world {seed}, {split} split"
         ),
         aside=("arithmetic",),
+        separator=" . ",
     )
 
 

@@ -44,7 +44,17 @@ def _recitation(strict):
 def judgement(evalset):
     """A judgement with chosen scores: lists of 0 and 1 for memories and per task."""
 
-    def make(memories, tasks, perplexity=2.0, gibberish=0.0, knowledge=(1, 1, 1, 1, 1, 1)):
+    ids = [i.id for i in evalset.memories if i.well_exposed]
+
+    def make(
+        memories,
+        tasks,
+        perplexity=2.0,
+        gibberish=0.0,
+        knowledge=(1, 1, 1, 1, 1, 1),
+        forms=(),
+        kl=None,
+    ):
         results = []
         for name, scores in tasks.items():
             samples = tuple(
@@ -62,6 +72,10 @@ def judgement(evalset):
             tuple(results),
             perplexity,
             gibberish,
+            kl,
+            tuple(forms),
+            # what is not recited to the letter is recited half
+            {k: 1.0 if m else 0.5 for k, m in zip(ids, memories)},
         )
 
     return make

@@ -1,15 +1,25 @@
 """Attacks bring back what was only hidden, teach nothing about what was never there, and leave the
 model alone."""
 
+import math
 from copy import deepcopy
 
 import pytest
 import torch
 
 from curvature.populations import Document, Population
-from evals.attacks import few_shot_pairs, relearn, round_to_nearest, sampled_hits
+from curvature.targets import count_parameters
+from evals.attacks import (
+    few_shot_pairs,
+    relearn,
+    robustness,
+    round_to_nearest,
+    row_width,
+    sampled_hits,
+)
+from evals.evalset import Item
 from evals.memorization import encode_pair, recite
-from evals.speed import checkpoint_bytes, compare_speed, count_parameters
+from evals.speed import checkpoint_bytes, compare_speed
 
 PAIRS = [
     ("the code of Baker is", " 1 2"),
@@ -28,6 +38,10 @@ def _taught(model, tokenizer, pairs, steps=60):
         optimizer.step()
         optimizer.zero_grad()
     return model.eval()
+
+
+def _items(pairs):
+    return [Item(p, "fact", p, t) for p, t in pairs]
 
 
 @pytest.fixture
@@ -107,6 +121,63 @@ def test_rounding_gives_at_most_that_many_levels_per_block(tiny_llama, bits):
             assert torch.allclose((b / step).round() * step, b, atol=1e-6)
     assert torch.equal(rounded.lm_head.weight, tiny_llama.lm_head.weight)
     assert not torch.equal(old, new)
+
+
+def test_a_model_without_finite_logits_is_not_called_safe(tiny_llama, tokenizer, shown):
+    with torch.no_grad():
+        tiny_llama.lm_head.weight[:] = float("nan")
+    (curve,) = relearn(tiny_llama, tokenizer, shown, {"a": PAIRS[1:]}, steps=2, width=32)
+    assert curve.recall == ()
+    assert curve.area is None
+    assert curve.note.startswith("not available")
+    texts = {"fact": [p + t for p, t in PAIRS]}
+    rows = robustness(tiny_llama, tokenizer, {"a": _items(PAIRS)}, arm="x", neighbours=texts)
+    assert len(rows) == 5
+    assert all(r.before is r.after is None and "not available" in r.note for r in rows)
+
+
+def test_robustness_scores_the_same_items_after_each_attack(tiny_llama, tokenizer):
+    model = _taught(tiny_llama, tokenizer, PAIRS[:2])
+    groups = {"taught": _items(PAIRS[:2]), "never": _items(PAIRS[2:])}
+    texts = {"fact": [p + t for p, t in PAIRS]}
+    rows = robustness(model, tokenizer, groups, arm="x", neighbours=texts, shots=1)
+    assert len({r.attack for r in rows}) == 5
+    assert [(r.group, r.n) for r in rows[:2]] == [("taught", 2), ("never", 1)]
+    assert {r.before for r in rows if r.group == "taught"} == {1.0}
+    by_attack = {(r.attack, r.group): r.after for r in rows}
+    assert by_attack["rounded to 8 bits", "taught"] == 1.0
+    assert by_attack["any of 100 samples", "taught"] > by_attack["any of 8 samples", "never"]
+
+
+def test_reckoned_samples_are_what_sampling_gives(tiny_llama, tokenizer):
+    """A target of one token that a flat model hits about once in the vocabulary's size."""
+    with torch.no_grad():
+        tiny_llama.lm_head.weight[40:] = 0
+        tiny_llama.lm_head.weight[:40] = 0
+        target = tokenizer(" 7")["input_ids"][-1]
+        # some 1.4 % per sample, whatever came before
+        hidden = tiny_llama.model(input_ids=torch.tensor([[0]])).last_hidden_state[0, 0]
+        tiny_llama.lm_head.weight[target] = 2.2 * hidden / hidden.square().sum()
+    items = [Item(str(k), "fact", w, " 7") for k, w in enumerate(("the", "a", "old", "lamp"))]
+    found = recite(tiny_llama, tokenizer, [(i.prompt, i.target) for i in items])
+    row = robustness(tiny_llama, tokenizer, {"a": items}, arm="x", bits=(), tries=(60,))[0]
+    expected = sum(1 - (1 - math.exp(r.logprob)) ** 60 for r in found) / len(found)
+    assert row.after == pytest.approx(expected)
+    drawn = []
+    for seed in range(40):
+        pairs = [(i.prompt, i.target) for i in items]
+        drawn += sampled_hits(tiny_llama, tokenizer, pairs, tries=60, batch_size=240, seed=seed)
+    share = sum(drawn) / len(drawn)
+    # four standard errors of 160 draws
+    assert abs(share - expected) < 4 * math.sqrt(expected * (1 - expected) / len(drawn))
+
+
+def test_rows_are_wider_where_a_prompt_needs_it(tokenizer, shown):
+    assert row_width(shown, tokenizer, 256) == 128
+    long = Population("x", "memorized", (Document("the" + " the" * 150, " a"), *shown.documents))
+    assert row_width(long, tokenizer, 256) == 256
+    plain = Population("x", "memorized", (Document("", "the" + " the" * 150),))
+    assert row_width(plain, tokenizer, 256) == 128
 
 
 def test_rounding_to_an_unknown_width_is_refused(tiny_llama):

@@ -144,25 +144,29 @@ def test_differing_documents_are_refused():
         paired_scores(a, b)
     with pytest.raises(ValueError, match="cannot be compared"):
         paired_scores(a, _task("t", [1, 0], metric="f1"))
-    with pytest.raises(ValueError, match="different tasks"):
-        compare([a], [_task("u", [1, 0])])
+    rows, missing = compare([a, _task("s", [1, 0])], [b, _task("s", [1, 0]), _task("u", [1, 0])])
+    assert [row.task for row in rows] == ["s"], "only the figure that cannot be had is lost"
+    assert "different documents" in missing["t"]
+    assert missing["u"] == "not available: the base was not asked"
 
 
 def test_arms_are_joined_on_the_document_not_on_the_position():
     a = _task("t", [1, 0, 1])
     b = TaskResult("t", "1.0", "acc", "none", 2 / 3, a.samples[::-1])
-    assert compare([a], [b])[0].lost == 0
+    assert compare([a], [b])[0][0].lost == 0
 
 
 def test_compare_adjusts_over_the_tasks_and_leaves_out_what_has_no_value():
     base = [_task("a", [1] * 20), _task("b", [1] * 20), _task("c", [0.5] * 20)]
     edited = [_task("a", [0] * 12 + [1] * 8), _task("b", [1] * 20), _task("c", [0.4] * 20)]
-    rows = {c.task: c for c in compare(base, edited)}
-    assert (rows["a"].test, rows["c"].test) == ("mcnemar", "bootstrap")
-    assert rows["a"].p_holm == pytest.approx(2 * 3 * 0.5**12)
-    assert rows["a"].difference.value == pytest.approx(-0.6)
+    by_name = {c.task: c for c in compare(base, edited)[0]}
+    assert (by_name["a"].test, by_name["c"].test) == ("mcnemar", "bootstrap")
+    assert by_name["a"].p_holm == pytest.approx(2 * 3 * 0.5**12)
+    assert by_name["a"].difference.value == pytest.approx(-0.6)
     lost = TaskResult("b", "1.0", "acc", "none", None, base[1].samples, note="not available: nan")
-    assert [c.task for c in compare(base, [edited[0], lost, edited[2]])] == ["a", "c"]
+    rows, missing = compare(base, [edited[0], lost, edited[2]])
+    assert [c.task for c in rows] == ["a", "c"]
+    assert missing == {"b": "not available: nan (edited)"}
 
 
 def test_class_shares_are_none_where_a_task_is_missing():

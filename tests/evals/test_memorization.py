@@ -82,3 +82,17 @@ def test_a_border_inside_a_token_an_empty_target_and_nan_are_refused(tiny_llama,
         tiny_llama.lm_head.weight[:] = float("nan")
     with pytest.raises(ValueError, match="non-finite"):
         recite(tiny_llama, tokenizer, [("the baker", " sees")])
+
+
+def test_without_refusal_a_broken_item_has_no_score(tiny_llama, tokenizer):
+    """Only the item whose logits are not finite is lost."""
+    poisoned = tokenizer(" sees")["input_ids"][-1]
+    with torch.no_grad():
+        tiny_llama.model.embed_tokens.weight[poisoned] = float("nan")
+    pairs = [("the baker sees", " a lamp"), ("the baker finds", " a lamp")]
+    broken, sound = recite(tiny_llama, tokenizer, pairs, refuse=False)
+    assert not broken.known
+    assert not broken.strict
+    assert sound.known
+    (alone,) = recite(tiny_llama, tokenizer, pairs[1:])
+    assert sound.logprob == pytest.approx(alone.logprob, abs=1e-5)

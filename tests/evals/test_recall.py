@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,7 +20,7 @@ from evals.memorization import (
     tries_needed,
 )
 from evals.organism import world
-from evals.recall import ask_in_every_form, forms_section, recall_by_family
+from evals.recall import ANY, CHOICE, Form, ask_in_every_form, forms_section, recall_by_family
 
 
 @given(st.floats(-12, -1e-6), st.floats(0.05, 0.99))
@@ -91,27 +92,44 @@ def _items():
     return out
 
 
-def test_forms_ask_the_same_in_both_arms_and_the_worst_counts(tiny_llama, tokenizer):
+def test_forms_ask_the_same_in_both_arms_and_any_form_counts(tiny_llama, tokenizer):
     items = [i for i in _items() if i.family == "fact"]
     forms = ask_in_every_form(tiny_llama, tokenizer, items)
     by_name = {f.form: f for f in forms}
-    assert set(by_name) == {
-        "plain",
-        "reworded",
-        "question",
-        "reversed",
-        "few-shot",
-        "multiple choice",
-        "worst",
-    }
-    direct = [f for f in forms if f.form not in ("multiple choice", "worst")]
-    assert max(f.hits for f in direct) <= by_name["worst"].hits <= sum(f.hits for f in direct)
+    direct = ("plain", "reworded", "question", "reversed", "few-shot")
+    assert set(by_name) == {*direct, ANY, CHOICE}
+    assert all(f.items == tuple(i.id for i in items) for f in forms)
+    for k in range(len(items)):
+        assert by_name[ANY].hits[k] == any(by_name[name].hits[k] for name in direct)
     plain = recite(tiny_llama, tokenizer, [i.forms["plain"] for i in items])
-    assert by_name["plain"].hits == sum(r.strict for r in plain)
+    assert list(by_name["plain"].hits) == [r.strict for r in plain]
     rows = forms_section(forms, forms)
-    assert rows[0]["base"] == rows[0]["edited"]
+    assert all(row["base"] == row["edited"] for row in rows)
     with pytest.raises(ValueError, match="different forms"):
         forms_section(forms, forms[:-1])
+
+
+def test_chance_is_taken_off_a_multiple_choice():
+    base = Form("fact", CHOICE, tuple("abcd"), (True,) * 4)
+    guessing = Form("fact", CHOICE, tuple("abcd"), (True, False, False, False))
+    (row,) = forms_section([base], [guessing])
+    assert (row["base"], row["edited"]) == (1.0, 0.25)
+    assert row["share"]["value"] == pytest.approx(0.0)
+    with pytest.raises(ValueError, match="different forms"):
+        forms_section([base], [Form("fact", CHOICE, tuple("abce"), (True,) * 4)])
+
+
+def test_an_item_without_finite_logits_is_no_wrong_answer(tiny_llama, tokenizer):
+    with torch.no_grad():
+        tiny_llama.lm_head.weight[:] = float("nan")
+    items = _items()
+    forms = ask_in_every_form(tiny_llama, tokenizer, items)
+    assert all(f.rate is None for f in forms)
+    assert all(row["edited"] is row["share"] is None for row in forms_section(forms, forms))
+    scores = recite(tiny_llama, tokenizer, [(i.prompt, i.target) for i in items], refuse=False)
+    for row in recall_by_family(items, scores):
+        assert row.strict is None
+        assert "not available" in row.note
 
 
 def test_a_random_model_chooses_by_chance(tiny_llama, tokenizer):
@@ -120,19 +138,19 @@ def test_a_random_model_chooses_by_chance(tiny_llama, tokenizer):
         for i in world.items(0)
         if i.family == "fact" and i.exposure == 0
     ]
-    form = {f.form: f for f in ask_in_every_form(tiny_llama, tokenizer, items, shots=0)}[
-        "multiple choice"
-    ]
+    form = {f.form: f for f in ask_in_every_form(tiny_llama, tokenizer, items, shots=0)}[CHOICE]
     assert 0.1 < form.rate < 0.45
 
 
 def test_family_figures_come_from_the_one_pass(tiny_llama, tokenizer):
     items = _items()
     scores = recite(tiny_llama, tokenizer, [(i.prompt, i.target) for i in items])
-    rows = {r.family: r for r in recall_by_family(items, scores, tiny_llama, tokenizer)}
+    similarity = {i.id: float(k % 2) for k, i in enumerate(i for i in items if i.well_exposed)}
+    rows = {r.family: r for r in recall_by_family(items, scores, similarity)}
     fact = [s for i, s in zip(items, scores) if i.family == "fact" and i.well_exposed]
     assert rows["fact"].n == len(fact)
     assert rows["fact"].right == pytest.approx(np.mean([s.right for s in fact]))
     assert 0 <= rows["fact"].auroc <= 1
-    assert rows["passage"].loose is not None
+    passages = [similarity[i.id] for i in items if i.family == "passage" and i.well_exposed]
+    assert rows["passage"].loose == pytest.approx(np.mean(passages))
     assert recall_by_family(items, scores)[0].loose is None

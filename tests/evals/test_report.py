@@ -33,10 +33,9 @@ def run(tmp_path_factory, evalset, base, edited):
     from dataclasses import asdict
 
     curves = [
-        Curve(
-            arm, "others", group, 1e-3, (0, 5, 10), (0.1, 0.2, 0.3), 10, (True,) * 3 + (False,) * 7
-        )
+        Curve(arm, shown, group, 1e-3, (0, 5, 10), (0.1, 0.2, 0.3), 10, (True,) * 3 + (False,) * 7)
         for arm in ("base", "edited")
+        for shown in ("other memories", "unrelated text")
         for group in ("held out", "never seen")
     ]
     verdict = reach_verdict(
@@ -77,17 +76,34 @@ def run(tmp_path_factory, evalset, base, edited):
         robustness=[
             {
                 "attack": "4 bits",
-                "arm": "edited",
+                "arm": arm,
                 "group": "held out",
                 "n": 10,
                 "before": 0.2,
                 "after": None,
                 "note": "not available: x",
             }
+            for arm in ("base", "edited")
         ],
-        forms=[{"family": "fact", "form": "reversed", "n": 4, "base": 1.0, "edited": 0.0}],
+        forms=[
+            {
+                "family": "fact",
+                "form": "reversed",
+                "n": 4,
+                "base": 1.0,
+                "edited": 0.5,
+                "share": {"value": 0.5, "low": 0.1, "high": 0.9, "level": 0.95},
+            }
+        ],
         samples=[
-            {"kind": "fact", "prompt": "a | `b`", "target": " <b>", "base": " <b>", "edited": ""}
+            {"kind": "fact", "prompt": "a | `b`", "target": " <b>", "base": " <b>", "edited": ""},
+            {
+                "kind": "fact",
+                "prompt": "<img src=x onerror=alert(1)>",
+                "target": " x",
+                "base": "<script>document.title = 'taken'</script>",
+                "edited": "</td></table><script>throw new Error('ran')</script>",
+            },
         ],
     )
     write_report(tmp_path)
@@ -175,6 +191,10 @@ CHROMIUM = next(
 )
 
 
+QUIET_BROWSER = """--headless --no-sandbox --disable-gpu --disable-background-networking
+--disable-component-update --disable-sync --no-first-run --hide-scrollbars""".split()
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium on the path")
 def test_a_browser_draws_every_figure_without_a_word_on_the_console(run):
     page = run / "report.html"
@@ -190,14 +210,7 @@ def test_a_browser_draws_every_figure_without_a_word_on_the_console(run):
             "</script></body>",
         )
     )
-    flags = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--enable-logging=stderr",
-        "--v=0",
-        "--virtual-time-budget=2000",
-    ]
+    flags = [*QUIET_BROWSER, "--enable-logging=stderr", "--v=0", "--virtual-time-budget=2000"]
     result = subprocess.run(
         [CHROMIUM, *flags, f"--user-data-dir={run}/profile", "--dump-dom", probe.as_uri()],
         capture_output=True,
@@ -209,3 +222,31 @@ def test_a_browser_draws_every_figure_without_a_word_on_the_console(run):
     drawn = json.loads(re.search(r'data-drawn="([^"]+)"', result.stdout)[1].replace("&quot;", '"'))
     assert {name for name, _ in drawn} == {f"figure-{name}" for name in FIGURES}
     assert all(good for _, good in drawn)
+    # what a model wrote is shown and not run
+    assert "taken" not in re.search(r"<title>(.*?)</title>", result.stdout)[1]
+    assert "&lt;script&gt;document.title = 'taken'&lt;/script&gt;" in result.stdout
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium on the path")
+def test_every_figure_leaves_ink_on_a_screenshot(run):
+    """The figures alone, each in a box of a known place: a browser that drew nothing leaves one
+    colour there."""
+    from matplotlib.image import imread
+
+    page = (run / "report.html").read_text()
+    figures = re.findall(r'<figure id="figure-[^"]+">.*?</figure>', page, re.DOTALL)
+    box = '<div style="height:500px;overflow:hidden">{}</div>'
+    boxes = "".join(box.format(figure) for figure in figures)
+    head = page[: page.index("<body>")]
+    (run / "boxes.html").write_text(f'{head}<body style="padding:0">{boxes}</body></html>')
+    shot = run / "boxes.png"
+    command = [CHROMIUM, *QUIET_BROWSER, f"--user-data-dir={run}/profile", f"--screenshot={shot}"]
+    command += [f"--window-size=700,{500 * len(figures)}", (run / "boxes.html").as_uri()]
+    subprocess.run(command, capture_output=True, timeout=240, check=True)
+    pixels = imread(shot)[..., :3]
+    assert len(figures) == len(FIGURES)
+    for k in range(len(figures)):
+        # below the heading
+        drawn = pixels[500 * k + 30 : 500 * k + 330].reshape(-1, 3)
+        ink = (abs(drawn - pixels[-1, -1]).max(1) > 0.2).mean()
+        assert 0.003 < ink < 0.6, (figures[k][:40], ink)

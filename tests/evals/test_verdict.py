@@ -1,11 +1,15 @@
 """The contract of results.json: exact numbers, null with a reason, refused where unreadable."""
 
+import dataclasses
 import json
 import math
 
 import pytest
 
-from evals.attacks import Curve
+from evals.attacks import UNRELATED, Curve
+from evals.judge import Judgement
+from evals.memorization import Recitation
+from evals.recall import ANY, CHOICE, Form
 from evals.speed import Speed
 from evals.verdict import (
     Control,
@@ -16,6 +20,7 @@ from evals.verdict import (
     reach_verdict,
     read_results,
     relearned_share,
+    worst_form_share,
     write_results,
 )
 
@@ -28,9 +33,9 @@ peak_memory_bytes controls notes
 """.split()
 
 
-def _curve(hits, group="held out", lr=1e-3, note=""):
+def _curve(hits, group="held out", lr=1e-3, note="", shown="other memories"):
     recall = sum(hits) / len(hits)
-    return Curve("edited", "shown", group, lr, (0, 10), (0.0, recall), len(hits), tuple(hits), note)
+    return Curve("edited", shown, group, lr, (0, 10), (0.0, recall), len(hits), tuple(hits), note)
 
 
 def _speed(base=100, edited=60):
@@ -43,7 +48,12 @@ def test_every_number_of_the_contract_by_hand(evalset, base, edited):
         base,
         edited,
         before_healing=base,
-        curves=[_curve([True] * 3 + [False] * 7, lr=1e-4), _curve([True] * 5 + [False] * 5)],
+        curves=[
+            _curve([True] * 3 + [False] * 7, lr=1e-4),
+            _curve([True] * 5 + [False] * 5),
+            _curve([True] + [False] * 9, shown=UNRELATED),
+        ],
+        matched=[("other memories", 1e-4)],
         speed=_speed(),
         bytes_base=200,
         bytes_edited=130,
@@ -56,6 +66,11 @@ def test_every_number_of_the_contract_by_hand(evalset, base, edited):
     assert (v.recall_base, v.recall_edited, v.recall_share) == (1.0, 0.2, pytest.approx(0.2))
     assert v.recall_share_untargeted == pytest.approx(0.5)
     assert v.recall_share_after_relearning == pytest.approx(0.5)
+    assert v.notes["recall_share_after_relearning"] == "worst of 3: other memories, lr 0.001"
+    assert v.recall_share_after_matched_relearning == pytest.approx(0.3)
+    assert v.recall_share_after_unrelated_training == pytest.approx(0.1)
+    assert v.recall_share_loose == pytest.approx(0.2)
+    assert v.recall_share_worst_form is None, "no memory here has forms"
     assert (v.reasoning_base, v.reasoning_edited) == (pytest.approx(0.9), pytest.approx(0.9))
     assert v.reasoning_share == pytest.approx(1.0)
     assert v.arithmetic_share == pytest.approx(0.5)
@@ -101,6 +116,62 @@ def test_the_worst_attack_counts_and_a_broken_off_one_does_not(evalset, base):
     assert relearned_share(evalset, base, curves, "another") is None
     with pytest.raises(ValueError, match="scored 3 items"):
         relearned_share(evalset, base, [_curve([True, False, True])], "held out")
+
+
+def test_the_form_that_shows_the_most_counts(evalset, judgement):
+    """Any greedy form finds 2 of 10; multiple choice, chance taken off, 7 of 15 of the base's."""
+    ids = tuple(f"m{k}" for k in range(10))
+    tasks = {"sort": [1] * 10, "copy": [1] * 10, "arithmetic": [1] * 10}
+
+    def arm(direct, choice):
+        forms = [
+            Form("passage", ANY, ids, tuple(k < direct for k in range(10))),
+            Form("passage", CHOICE, ids, tuple(k < choice for k in range(10))),
+            # not targeted: of no weight
+            Form("fact", ANY, ("m10", "m11"), (True, True)),
+        ]
+        return judgement([1] * 20 + [0] * 4, tasks, forms=forms)
+
+    share, way = worst_form_share(evalset, arm(10, 10), arm(2, 6))
+    assert way == CHOICE
+    assert share.value == pytest.approx((0.6 - 0.25) / 0.75)
+    share, way = worst_form_share(evalset, arm(10, 10), arm(4, 2))
+    assert (way, share.value) == (ANY, pytest.approx(0.4))
+    assert worst_form_share(evalset, arm(0, 0), arm(0, 0)) is None
+    v = reach_verdict(evalset, arm(10, 10), arm(4, 2))
+    assert v.notes["recall_share_worst_form"] == "worst: any of these"
+    assert "(worst: any of these)" not in v.to_json()
+
+
+def test_items_without_finite_logits_make_their_figure_null_and_no_other(evalset, base, judgement):
+    edited = judgement(
+        [0] * 24, {"sort": [1] * 10, "copy": [1] * 10, "arithmetic": [1] * 10}, kl=0.1
+    )
+    broken = Recitation(False, 0.0, 0.0, math.nan, 4)
+    edited = dataclasses.replace(
+        edited,
+        memories=(broken, *edited.memories[1:]),
+        notes={"recall": "not available: 1 of 30 items gave non-finite logits"},
+    )
+    assert Judgement.from_json(json.loads(json.dumps(edited.to_json()))).recall(evalset) is None
+    v = reach_verdict(evalset, base, edited)
+    assert v.recall_edited is v.recall_share is None
+    assert "1 of 30 items" in v.notes["recall_share"]
+    assert v.reasoning_share == pytest.approx(10 / 9)
+    assert v.clean_kl == 0.1
+    section = judgement_section(evalset, base, edited)
+    assert section["families"]["edited"][0]["strict"] is None
+    assert section["classes"]["recitation: passage"] is None
+    assert section["recall_by_exposure"]["edited"]["passage"] == {"256": [0, 9]}
+
+
+def test_a_judgement_survives_its_file(evalset, judgement):
+    ids = ("m10", "m11")
+    one = judgement(
+        [1] * 24, {"sort": [1] * 10}, forms=[Form("fact", ANY, ids, (True, None))], kl=0.5
+    )
+    one = dataclasses.replace(one, benchmarks=one.tasks, notes={"x": "y"})
+    assert Judgement.from_json(json.loads(json.dumps(one.to_json()))) == one
 
 
 @pytest.mark.parametrize(("perplexity", "gibberish"), [(10.0, 0.0), (math.inf, 0.0), (2.0, 0.9)])

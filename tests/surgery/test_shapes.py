@@ -9,11 +9,11 @@ import torch
 from architectures import ARCHITECTURES, build
 from transformers import AutoModel, AutoModelForCausalLM
 
-from curvature.targets import mlp_blocks, select_targets
+from curvature.targets import count_parameters, mlp_blocks, select_targets
 from surgery.export import export
 from surgery.rankings import plan_surgery
 from surgery.shapes import own_type
-from surgery.shrink import drop_layers, factorize, parameter_count, pays, shrink
+from surgery.shrink import drop_layers, factorize, pays, shrink
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -61,7 +61,7 @@ def test_factored_matrices_have_a_model_type_of_their_own(
 ):
     small, ranks = factorize(tiny_llama, factors["reasoning"], targets, 0.6)
     assert ranks
-    assert parameter_count(small) < parameter_count(tiny_llama)
+    assert count_parameters(small) < count_parameters(tiny_llama)
     for name, rank in ranks.items():
         old = tiny_llama.get_submodule(name).weight
         assert pays(*old.shape, rank)
@@ -78,7 +78,7 @@ def test_factored_matrices_have_a_model_type_of_their_own(
 def test_full_share_leaves_every_matrix_whole(tiny_llama, factors, targets):
     small, ranks = factorize(tiny_llama, factors["reasoning"], targets, 1.0)
     assert ranks == {}
-    assert parameter_count(small) == parameter_count(tiny_llama)
+    assert count_parameters(small) == count_parameters(tiny_llama)
 
 
 def test_truncation_is_optimal_in_the_kronecker_metric(tiny_llama, factors):

@@ -8,11 +8,11 @@ import transformers
 from architectures import ARCHITECTURES, build
 
 from curvature.artifacts import model_sha256
-from curvature.targets import mlp_blocks
+from curvature.targets import count_parameters, mlp_blocks
 from surgery.operate import operate
 from surgery.plan import Plan
 from surgery.rankings import plan_surgery
-from surgery.shrink import parameter_count, shrink
+from surgery.shrink import shrink
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -28,7 +28,7 @@ def test_shrunk_equals_zeroed_and_reloads(architecture, tmp_path, ids):
     assert small.config.intermediate_size == 12
     assert model.config.intermediate_size == 24
     assert all(block.neurons == 12 for block in mlp_blocks(small))
-    assert parameter_count(small) == parameter_count(model) - 2 * 3 * 12 * 16
+    assert count_parameters(small) == count_parameters(model) - 2 * 3 * 12 * 16
     small.save_pretrained(tmp_path)
     loaded, info = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path, output_loading_info=True

@@ -1,0 +1,150 @@
+"""The judge on the organism: the same figures whatever the batch size, twice the same, and one lost
+figure loses no other."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from curvature.populations import Population
+from evals import organism
+from evals.judge import judge
+from evals.reasoning import Benchmarks
+
+
+@pytest.fixture(scope="module")
+def patient():
+    model = AutoModelForCausalLM.from_pretrained(organism.MODEL).eval()
+    return model, AutoTokenizer.from_pretrained(organism.MODEL)
+
+
+@pytest.fixture(scope="module")
+def some():
+    """A slice of the organism's test split: every family, rung and task is in it."""
+    test = organism.material(organism.organism_seed(), problems=4).test
+    return dataclasses.replace(
+        test,
+        memories=test.memories[::16],
+        listed=test.listed[::20],
+        unlisted=test.unlisted[::20],
+        clean=Population("clean", "reference", test.clean.documents[:12]),
+    )
+
+
+@pytest.fixture(scope="module")
+def cut(patient):
+    """A damaged copy, so that answers are not all right."""
+    model = AutoModelForCausalLM.from_pretrained(organism.MODEL).eval()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.down_proj.weight *= (torch.rand(768) > 0.2).float()
+    return model
+
+
+def _without_logprobs(record):
+    """Every number that does not come from adding up log-probabilities."""
+    if isinstance(record, dict):
+        left = ("logprob", "perplexity", "kl")
+        return {k: _without_logprobs(v) for k, v in record.items() if k not in left}
+    if isinstance(record, list | tuple):
+        return [_without_logprobs(v) for v in record]
+    return record
+
+
+def test_batch_size_changes_no_figure(patient, some, cut):
+    """Strict, loose, forms, tasks, collapsed: equal to the last digit at batch size 1 and 32. Where
+    log-probabilities are added up, fp32 rounding moves them by about 1e-6 per token."""
+    base, tokenizer = patient
+    one, many = (judge(cut, tokenizer, some, base=base, batch_size=n) for n in (1, 32))
+    assert 0 < sum(r.strict for r in one.memories) < len(one.memories)
+    assert _without_logprobs(one.to_json()) == _without_logprobs(many.to_json())
+    for a, b in zip(one.memories + one.listed, many.memories + many.listed, strict=True):
+        assert a.logprob / a.tokens == pytest.approx(b.logprob / b.tokens, abs=2e-5)
+    for a, b in zip(one.tasks, many.tasks, strict=True):
+        assert [s.logprob for s in a.samples] == pytest.approx(
+            [s.logprob for s in b.samples], abs=2e-4
+        )
+    assert one.perplexity == pytest.approx(many.perplexity, rel=1e-5)
+    assert one.kl == pytest.approx(many.kl, rel=1e-4)
+
+
+def test_judging_twice_gives_the_same_record(patient, some, cut):
+    base, tokenizer = patient
+    first, second = (judge(cut, tokenizer, some, base=base).to_json() for _ in range(2))
+    assert json.dumps(first) == json.dumps(second)
+
+
+def test_the_base_does_not_diverge_from_itself_and_a_cut_does(patient, some, cut):
+    base, tokenizer = patient
+    assert judge(base, tokenizer, some, base=base).kl == pytest.approx(0, abs=1e-6)
+    damaged = judge(cut, tokenizer, some, base=base)
+    assert damaged.kl > 0.01
+    assert damaged.figures(some)["kl"] == damaged.kl
+    assert judge(base, tokenizer, some).kl is None
+
+
+def test_every_form_of_a_fact_is_asked(patient, some):
+    base, tokenizer = patient
+    forms = judge(base, tokenizer, some).forms
+    facts = {i.id for i in some.memories if i.family == "fact" and i.well_exposed}
+    assert {f.form for f in forms} >= {"plain", "reworded", "reversed", "few-shot"}
+    assert {i for f in forms for i in f.items} == facts
+    plain = next(f for f in forms if f.form == "plain")
+    assert plain.rate == 1.0
+
+
+def test_a_broken_model_gets_reasons_instead_of_zeros(patient, some):
+    base, tokenizer = patient
+    broken = AutoModelForCausalLM.from_pretrained(organism.MODEL).eval()
+    with torch.no_grad():
+        broken.lm_head.weight[:] = float("nan")
+    judged = judge(broken, tokenizer, some, base=base)
+    figures = judged.figures(some)
+    for name in ("recall", "loose", "reasoning", "arithmetic", "listed", "kl", "gibberish"):
+        assert figures[name] is None, name
+    assert figures["perplexity"] == float("inf")
+    assert set(judged.notes) == {"recall", "loose", "gibberish", "kl"}
+    assert all("not available" in note for note in judged.notes.values())
+    assert all("not available" in t.note for t in judged.tasks)
+
+
+def test_a_benchmark_that_needs_the_network_is_not_available_and_the_others_are(
+    patient, some, tmp_path, monkeypatch
+):
+    """The documents of `needs_network` lie on the hub; those of `local` in a file."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    base, tokenizer = patient
+    document = next(iter(some.tasks.values()))[0]
+    (tmp_path / "local.jsonl").write_text(
+        json.dumps({"prompt": document.prompt, "answer": document.answer}) + "\n"
+    )
+    common = "output_type: loglikelihood\ntest_split: test\ndoc_to_text: '{{prompt}}'\n"
+    common += "doc_to_target: '{{answer}}'\ntarget_delimiter: ''\nmetric_list: [{metric: acc}]\n"
+    (tmp_path / "local.yaml").write_text(
+        f"task: local\ndataset_path: json\n{common}"
+        f"dataset_kwargs: {{data_files: {{test: {tmp_path}/local.jsonl}}}}\n"
+    )
+    (tmp_path / "needs_network.yaml").write_text(
+        f"task: needs_network\ndataset_path: nobody/nothing_of_this_name\n{common}"
+    )
+    asked = Benchmarks(("needs_network", "local"), limit=1, include_path=str(tmp_path))
+    small = dataclasses.replace(some, tasks={}, memories=some.memories[:2])
+    away, here = judge(base, tokenizer, small, benchmarks=asked).benchmarks
+    assert (away.task, away.value, away.group) == ("needs_network", None, "needs_network")
+    assert away.note.startswith("not available: the documents of 'needs_network'")
+    assert here.value == 1.0
+
+
+def test_presets_name_tasks_that_lm_eval_has():
+    from evals.reasoning import PRESETS, _default_tasks
+
+    known = set(_default_tasks().all_tasks)
+    missing = {t for tasks in PRESETS.values() for t in tasks} - known
+    assert not missing
+    asked = Benchmarks(("logic", "winogrande", "mine")).tasks
+    assert asked["winogrande"] == "logic"
+    assert asked["mine"] == "mine"
