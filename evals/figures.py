@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import io
 import re
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -358,7 +359,7 @@ def layer_map(layers: Mapping[str, float], label: str) -> Figure:
     axes.bar(range(len(layers)), list(layers.values()), color=BASE)
     axes.set_xticks(range(len(layers)), list(layers))
     axes.set_xlabel("layer")
-    axes.set_ylabel(label)
+    axes.set_ylabel(textwrap.fill(label, 28))
     axes.grid(axis="x", visible=False)
     return figure
 
@@ -645,15 +646,21 @@ def draw_all(results: Mapping[str, Any]) -> list[Drawing]:
         )
     curves = [c for c in results.get("attacks") or () if c["recall"]]
     if curves:
+        # the worst rate of each, never-seen items in the table: a caption is read in one breath
+        worst: dict[tuple[str, str], Mapping[str, Any]] = {}
+        for c in (c for c in curves if c["group"] == curves[0]["group"]):
+            key = c["shown"], c["arm"]
+            if key not in worst or c["recall"][-1] > worst[key]["recall"][-1]:
+                worst[key] = c
         words = "; ".join(
-            f"{c['arm']} on {c['shown']}, lr {c['lr']:g}, {c['group']}: "
-            f"{percent(c['recall'][0])} to {percent(c['recall'][-1])}"
-            for c in curves
+            f"after {text}, {arm} {percent(c['recall'][0])} to {percent(c['recall'][-1])}"
+            for (text, arm), c in worst.items()
         )
         add(
             "relearning",
             "Relearning attack",
-            f"Recall before and after fine-tuning on other items. {words}.",
+            f"Recall of {curves[0]['group']} items before and after fine-tuning, at the worst rate: "
+            f"{words}.",
             relearning,
             curves,
         )

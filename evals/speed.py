@@ -62,7 +62,10 @@ def stored_bytes(name: str | Path) -> int | None:
     """`checkpoint_bytes` of a folder or of a Hugging Face name that was downloaded; None where the
     files are not on this machine."""
     if not Path(name).is_dir():
-        found = try_to_load_from_cache(str(name), "config.json")
+        try:
+            found = try_to_load_from_cache(str(name), "config.json")
+        except ValueError:  # no name that the hub could have
+            return None
         if not isinstance(found, str):
             return None
         name = Path(found).parent

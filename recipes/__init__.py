@@ -47,7 +47,7 @@ def fitted(
     - candidates: three settings for the search, one where passes are that dear.
     - keep_neurons: 0.8, or 1 (a dense edit, same size) where the factors of all layers, which
       shrinking needs, exceed the memory.
-    - heal_lr, attack_lr(s): down with the square root of the size.
+    - heal_lr, attack_lrs: down with the square root of the size.
     """
     text = config.get_text_config()
     depth, hidden = int(text.num_hidden_layers), int(text.hidden_size)
@@ -76,7 +76,6 @@ def fitted(
     settings["multiple"] = 64 if inner >= 1024 else 4 if inner >= 64 else 1
     share = min(1.0, math.sqrt(SMALL / parameters))
     settings["heal_lr"] = float(f"{1e-3 * share:.2g}")
-    settings["attack_lr"] = float(f"{3e-4 * share:.2g}")
     settings["attack_lrs"] = tuple(float(f"{lr * share:.2g}") for lr in (1e-4, 3e-4, 1e-3))
     heal = min(200_000, settings["factor_tokens"] * 2)
     settings["heal_tokens"] = max(heal, settings["batch_size"] * width)

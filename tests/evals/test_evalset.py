@@ -1,0 +1,103 @@
+"""What is asked, and what of the given text could not be: it is counted, never silently gone."""
+
+import json
+
+import pytest
+
+from curvature.populations import Document, Population
+from evals.evalset import (
+    BORDER,
+    DUPLICATE,
+    SHORT,
+    as_asked,
+    material_from_files,
+    windows,
+    without_duplicates,
+)
+from evals.memorization import encode_pair
+from evals.organism import world
+
+
+def _texts(n, sentences=4):
+    rng = world.stream(3, "evalset")
+    return [" ".join(world.sentence(rng) for _ in range(sentences)) for _ in range(n)]
+
+
+def test_texts_that_give_no_item_are_counted_by_reason(tokenizer):
+    long = _texts(3)
+    documents = [Document("", text) for text in (*long, "the lamp", "a baker sees")]
+    documents += [Document("the code of Lomu is", " 1 2"), Document("the ba", "ker")]
+    items, left_out = windows(Population("p", "memorized", tuple(documents)), tokenizer, 8, 8)
+    assert len(items) == 4
+    assert left_out == {SHORT: 2, BORDER: 1}
+    assert len(items) + sum(left_out.values()) == len(documents)
+    for item in items[:3]:
+        ids, start = encode_pair(tokenizer, item.prompt, item.target)
+        # one more for the beginning of the text
+        assert (start, len(ids)) == (9, 17)
+        assert item.forms == {}
+    assert items[3].forms == {"plain": ("the code of Lomu is", " 1 2")}
+
+
+def test_nothing_to_ask_is_refused_with_the_reasons(tokenizer):
+    short = Population("p", "memorized", (Document("", "the lamp"), Document("the ba", "ker")))
+    with pytest.raises(ValueError, match="the longest has 2; 1 have a border inside a token"):
+        windows(short, tokenizer, 8, 8)
+
+
+def test_a_users_duplicates_and_unusable_rows_stand_in_the_results(tokenizer, tmp_path):
+    """Given twice up to case and space; a window that two texts share; a border inside a token."""
+    texts = _texts(40)
+    twins = [texts[k] + " and more of it" for k in range(20)]
+    rows = [{"text": t} for t in (*texts, *twins, texts[0], texts[1].upper().lower())]
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    problems = [{"prompt": f"sort {a} {b} =", "answer": f" {a}"} for a in "abcdefg" for b in "xyz"]
+    problems += [{"prompt": f"the {w} is ba", "answer": "ker"} for w in world.NOUNS]
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(r) + "\n" for r in problems))
+    material = material_from_files(
+        tokenizer,
+        memorized=str(tmp_path / "m.jsonl"),
+        reasoning=str(tmp_path / "r.jsonl"),
+        reference=str(tmp_path / "m.jsonl"),
+        prefix_tokens=8,
+        suffix_tokens=8,
+        problems=100,
+        seed=0,
+    )
+    counted = material.test.left_out
+    assert counted[f"memorized, {DUPLICATE} (all splits)"] == 2
+    assert counted[f"memorized, {DUPLICATE}"] > 0
+    asked = [(i.prompt, i.target) for i in material.test.memories]
+    assert len(set(asked)) == len(asked)
+    assert counted[f"reasoning, {BORDER}"] > 0
+    assert all(not d.prompt.endswith("ba") for d in material.test.tasks["reasoning"])
+
+
+def test_problems_that_all_break_a_token_are_refused(tokenizer, tmp_path):
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in _texts(30)))
+    rows = [{"prompt": f"the {w} is ba", "answer": "ker"} for w in world.NOUNS]
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    with pytest.raises(ValueError, match="falls inside a token"):
+        material_from_files(
+            tokenizer,
+            memorized=str(tmp_path / "m.jsonl"),
+            reasoning=str(tmp_path / "r.jsonl"),
+            reference=str(tmp_path / "m.jsonl"),
+            prefix_tokens=8,
+            suffix_tokens=8,
+            problems=100,
+            seed=0,
+        )
+
+
+def test_text_without_a_prompt_is_asked_for_its_second_half():
+    assert as_asked(Document("", "a b c d")) == ("a b", " c d")
+    assert as_asked(Document("p", " q")) == ("p", " q")
+    (kept,) = without_duplicates(windows_of_two())
+    assert kept.id == "first"
+
+
+def windows_of_two():
+    from evals.evalset import Item
+
+    return [Item("first", "f", "p", " t"), Item("second", "f", "p", " t")]
