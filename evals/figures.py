@@ -659,7 +659,7 @@ def draw_all(results: Mapping[str, Any]) -> list[Drawing]:
         add(
             "relearning",
             "Relearning attack",
-            f"Recall of {curves[0]['group']} items before and after fine-tuning, at the worst rate: "
+            f"Recall of {curves[0]['group']} items before and after fine-tuning, worst rate: "
             f"{words}.",
             relearning,
             curves,
