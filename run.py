@@ -759,9 +759,13 @@ def check(recipe: Recipe) -> None:
     for setting, least in AT_LEAST.items():
         if getattr(recipe, setting) < least:
             raise ValueError(f"{setting} is {getattr(recipe, setting)}: expected at least {least}")
-    for setting in ("eps", "heal_lr", "attack_lr"):
-        if not 0 < getattr(recipe, setting) < math.inf:
-            raise ValueError(f"{setting} is {getattr(recipe, setting)}: expected a number above 0")
+    positive = {"eps": (recipe.eps,), "heal_lr": (recipe.heal_lr,), "attack_lrs": recipe.attack_lrs}
+    for setting, values in positive.items():
+        for value in values:
+            if not 0 < value < math.inf:
+                raise ValueError(f"{setting} is {value}: expected a number above 0")
+    if recipe.attack_steps and not recipe.attack_lrs:
+        raise ValueError("attack_lrs is empty: give a rate, or attack_steps 0 for no attack")
     for name, weight in (recipe.keep_weights or {}).items():
         if not 0 <= weight < math.inf:
             raise ValueError(f"keep_weights {name} is {weight}: expected a number, 0 or more")
@@ -846,7 +850,6 @@ def operate_on(asked: Recipe) -> int:
         if recipe.measure_only or recipe.plan_only:
             return measure_and_predict(run)
         judge_stage(run, "base", patient.model)
-        attack_stage(run, "base", patient.model)
         spectrum_stage(run)
         factors = factors_stage(run, "factors", patient.model)
         map_stage(run, factors)
@@ -858,6 +861,7 @@ def operate_on(asked: Recipe) -> int:
         judge_stage(run, "shrunk", small)
         edited = heal_stage(run, "heal", small)
         judge_stage(run, "edited", edited)
+        attack_stage(run, "base", patient.model)
         attack_stage(run, "edited", edited)
         for ranking in recipe.controls:
             control = shrink_stage(run, f"control-{ranking}", patient.model, ranking)

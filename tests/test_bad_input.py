@@ -42,7 +42,7 @@ SETTINGS = {
     "healing of less than a step": ({"heal_tokens": 10}, "less than one step"),
     "negative healing": ({"heal_tokens": -10}, "heal_tokens is -10"),
     "negative attack": ({"attack_steps": -1}, "attack_steps is -1"),
-    "attack that learns nothing": ({"attack_lr": 0.0}, "attack_lr is 0.0"),
+    "attack that learns nothing": ({"attack_lrs": [1e-3, 0.0]}, "attack_lrs is 0.0"),
     "healing that unlearns": ({"heal_lr": -1e-3}, "heal_lr is -0.001"),
     "infinite learning rate": ({"heal_lr": "inf"}, "heal_lr"),
     "no cost": ({"cost_tokens": 0}, "cost_tokens is 0"),

@@ -129,12 +129,13 @@ def up_to(stage: str) -> dict:
 @pytest.mark.parametrize(
     ("change", "again"),
     [
-        ({"attack_lr": 1e-4}, {"attack-edited", "attack-control-random"}),
+        ({"attack_lrs": [1e-4]}, {f"attack-{a}" for a in ("base", "edited", "control-random")}),
         ({"cost_tokens": 70}, {"cost"}),
         (
             {"heal_lr": 1e-4},
             "heal control-random-healed judge-edited judge-control-random attack-edited "
-            "attack-control-random speed samples".split(),
+            "attack-control-random robustness-edited robustness-control-random speed "
+            "samples".split(),
         ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -188,7 +189,7 @@ def test_two_runs_on_one_folder(files, undisturbed, server, tmp_path):
     before = (out / "recipe.yaml").read_bytes()
     with (out / ".lock").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        answer = server.run(tiny.arguments(files, out, update=True, attack_lr=1e-5))
+        answer = server.run(tiny.arguments(files, out, update=True, attack_lrs=[1e-5]))
     assert answer["status"] == 2
     assert "another run is at work" in answer["said"]
     assert (out / "recipe.yaml").read_bytes() == before
