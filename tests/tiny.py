@@ -18,6 +18,7 @@ SETTINGS: dict[str, Any] = {
     "keep_neurons": 0.5,
     "heal_tokens": 400,
     "cost_tokens": 60,
+    "map_tokens": 40,
     "attack_steps": 1,
     "controls": ["random"],
     "spectrum": True,
