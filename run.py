@@ -390,9 +390,11 @@ def ask(recipe: Recipe, prompt: str, base: str | Path, checkpoint: Path) -> None
 
     from evals.ask import say
 
+    taught = checkpoint.parent / "taught"
     said = {
         name: say(folder, prompt, trust_remote_code=recipe.trust_remote_code)
-        for name, folder in (("base", base), ("edited", checkpoint))
+        for name, folder in (("base", base), ("edited", checkpoint), ("taught", taught))
+        if name != "taught" or (taught / "config.json").is_file()
     }
     probe = next(checkpoint.parent.glob("**/probe.safetensors"), None)
     if probe is not None:
@@ -416,7 +418,7 @@ def scan(recipe: Recipe) -> int:
     from evals.standins import recited_windows, texts_to_scan
 
     recipe = fit(recipe)
-    model, tokenizer, _ = load_model(recipe)
+    model, tokenizer, _ = load_model(dataclasses.replace(recipe, quiet=True))
     texts = texts_to_scan(recipe.memorized, organism=recipe.model == "organism")
     items, scores = recited_windows(
         model,
@@ -804,7 +806,9 @@ def run_folder(recipe: Recipe) -> Path:
                 "choose another --out, or give "
                 "--update to run again what depends on them"
             )
-    elif folder.exists() and any(p.name not in (LOCK, ".recipe.tmp") for p in folder.iterdir()):
+    elif folder.exists() and any(
+        p.name not in (LOCK, ".recipe.tmp", "scan.json") for p in folder.iterdir()
+    ):
         raise ValueError(f"{folder} exists and is not a run folder: choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
