@@ -87,5 +87,6 @@ class RowsAtOnce:
 
 
 def print_line(text: str) -> None:
-    """One line to the log that does not tear a progress bar."""
-    tqdm.write(f"lethe: {text}", file=sys.stderr)
+    """One line to the log, beside those of the stages, that does not tear a progress bar. (Standard
+    error is closed while lm-eval talks.)"""
+    tqdm.write(f"lethe: {text}", file=sys.stdout)

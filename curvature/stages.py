@@ -6,6 +6,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import re
 import resource
 import shutil
 import time
@@ -74,6 +75,8 @@ class Stages:
         compute(folder) writes the stage's files into `folder` and returns its value, plain JSON
         data.
         """
+        if not re.fullmatch(r"[^./\\][^/\\]*", name):
+            raise ValueError(f"{name!r} is not a name for a stage: it would leave the run folder")
         mark = fingerprint(stage=name, code=code_sha256(), **depends)
         if name in self.done and self.done[name].fingerprint == mark:
             return self.done[name]

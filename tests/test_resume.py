@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 
 KILLS = 22
 WORKER = Path(__file__).parent / "kill_worker.py"
+ROOT = Path(__file__).parent.parent
 
 
 class Server:
@@ -90,8 +92,9 @@ def test_killed_at_random_points_the_result_is_the_same(server, files, undisturb
     whole, stages = undisturbed
     out, rng = tmp_path / "run", random.Random(7)
     places = ["load", *stages, "conclude", "conclude"]
-    places += rng.sample(stages, max(0, KILLS - len(places)))
-    places.sort(key=lambda name: places.index(name))
+    places += rng.sample(stages, max(2, KILLS - len(places)))
+    order = list(dict.fromkeys(places))
+    places.sort(key=order.index)
     killed = 0
     finished: set[str] = set()
     for place in places:
@@ -178,6 +181,56 @@ def test_a_changed_text_or_model_is_seen_by_every_stage(server, undisturbed, tmp
     answer = server.run(settings, up_to("strength"))
     assert set(answer["ran"]) == changed | {"judge-base"}
     assert answer["found"] == []
+
+
+def test_two_processes_give_the_result_of_one(files, undisturbed, tmp_path):
+    """The same cut and the same figures, written by the first process alone."""
+    from safetensors.torch import load_file
+
+    out = tmp_path / "run"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = subprocess.run(
+        [*launcher, "--nproc-per-node=2", str(ROOT / "run.py"), *tiny.arguments(files, out)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    one = undisturbed[0]
+    assert done.stdout.count("running judge-base") == 1, done.stderr[-3000:]
+    assert {p.name for p in out.glob("stages/*")} == {p.name for p in one.glob("stages/*")}
+    for folder in sorted(p for p in one.glob("stages/*") if p.name != "speed"):
+        values = [
+            json.loads((f / "stages" / folder.name / "stage.json").read_text())["value"]
+            for f in (one, out)
+        ]
+        same(*values, folder.name)
+    for plan in one.glob("stages/*/plan.safetensors"):
+        expected, found = load_file(plan), load_file(out / plan.relative_to(one))
+        assert set(found) == set(expected)
+        for name, tensor in expected.items():
+            if name.endswith("keep"):
+                assert torch.equal(found[name], tensor), f"another cut: {plan} {name}"
+            else:
+                torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-4)
+    for name in ("report.html", "results.json", "checkpoint/model.safetensors"):
+        assert (out / name).exists()
+
+
+def same(a, b, where):
+    """Equal figures; numbers to five digits, because sums over tokens add up in another order."""
+    if isinstance(a, dict):
+        assert set(a) == set(b), where
+        for key in a:
+            same(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, list):
+        assert len(a) == len(b), where
+        for k, (x, y) in enumerate(zip(a, b)):
+            same(x, y, f"{where}[{k}]")
+    elif isinstance(a, float) and isinstance(b, float):
+        assert b == pytest.approx(a, rel=1e-3, abs=1e-6), where
+    else:
+        assert a == b, where
 
 
 def test_two_runs_on_one_folder(files, undisturbed, server, tmp_path):

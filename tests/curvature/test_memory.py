@@ -38,7 +38,7 @@ def test_factors_with_fewer_rows_at_a_time_are_the_same(
     handle = full_above(tiny_llama, 2)
     found = collect_factors(tiny_llama, tokenizer, population, targets, **settings)
     handle.remove()
-    said = capsys.readouterr().err
+    said = capsys.readouterr().out
     assert "out of memory in the pass over 'p': going on with 3 rows at a time" in said
     assert "going on with 1 rows at a time" in said
     assert "--batch-size" in said
@@ -62,7 +62,7 @@ def test_training_with_fewer_rows_at_a_time_takes_the_same_steps(
     assert found == pytest.approx(expected, rel=1e-5)
     for name, weight in tiny_llama.state_dict().items():
         torch.testing.assert_close(weight, weights[name], rtol=1e-3, atol=1e-5)
-    assert capsys.readouterr().err.count("going on with 3 rows") == 1, "it is remembered"
+    assert capsys.readouterr().out.count("going on with 3 rows") == 1, "it is remembered"
 
 
 def test_nothing_fits(capsys):
@@ -71,7 +71,7 @@ def test_nothing_fits(capsys):
 
     with pytest.raises(ValueError, match="out of memory in the test with a single row"):
         RowsAtOnce("the test", "batch_size", 8).run(never)
-    assert [line.split("with ")[1][0] for line in capsys.readouterr().err.splitlines()] == [*"421"]
+    assert [line.split("with ")[1][0] for line in capsys.readouterr().out.splitlines()] == [*"421"]
 
 
 def test_other_errors_pass():

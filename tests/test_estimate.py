@@ -1,0 +1,248 @@
+"""What a run is said to need, against what it takes."""
+
+import gc
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from curvature.estimate import (
+    Room,
+    Work,
+    estimate,
+    factor_bytes,
+    parameters_of,
+    refuse,
+    report,
+    room,
+    row_bytes,
+)
+from curvature.factors import collect_factors, save_factors
+from curvature.forward import CausalForward, backward_from_loss, evaluation_mode
+from curvature.populations import Population, batches
+from curvature.targets import select_targets
+from evals.organism import world
+
+WORK = Work(
+    width=64,
+    batch_size=8,
+    judge_batch_size=8,
+    populations=3,
+    factor_tokens=1000,
+    trained_tokens=1000,
+    judged_tokens=1000,
+    keep=0.6,
+)
+SHAPES = {
+    "square": ({"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 4}, None, 8, 64),
+    "upper half, grouped heads": (
+        {
+            "hidden_size": 32,
+            "intermediate_size": 128,
+            "num_hidden_layers": 6,
+            "num_key_value_heads": 2,
+        },
+        "3-",
+        16,
+        96,
+    ),
+    "wide": ({"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3}, None, 8, 128),
+}
+
+
+def model_of(tokenizer, device="cpu", **shape):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        **{
+            "vocab_size": len(tokenizer),
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 256,
+            "tie_word_embeddings": False,
+            **shape,
+        }
+    )
+    with torch.device(device):
+        return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def population():
+    rng = world.stream(0, "estimate")
+    return Population("p", "reference", tuple(world.language(rng) for _ in range(200)))
+
+
+def peak_allocated(work, folder: Path) -> int:
+    """Peak of what torch allocates and frees again during `work`, from its allocator's events."""
+    from torch.profiler import ProfilerActivity, profile
+
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        kept = work()
+    profiler.export_chrome_trace(str(folder / "trace.json"))
+    del kept
+    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
+    changes = sorted(
+        (e["ts"], e["args"]["Addr"], e["args"]["Bytes"]) for e in events if e["name"] == "[memory]"
+    )
+    held, spans = {}, []
+    for k, (_, address, size) in enumerate(changes):
+        if size > 0:
+            held[address] = k, size
+        elif address in held:
+            start, size = held.pop(address)
+            spans += [(start, size), (k, -size)]
+    live = peak = 0
+    for _, change in sorted(spans):
+        live += change
+        peak = max(peak, live)
+    return peak
+
+
+@pytest.mark.parametrize("case", SHAPES)
+def test_the_factor_pass_takes_what_the_formula_says(case, tokenizer, population, tmp_path):
+    """Rows and logits within 15 %; factors to the byte, in memory and on the disk."""
+    shape, layers, rows, width = SHAPES[case]
+    model = model_of(tokenizer, **shape)
+    targets = select_targets(model, ("mlp",), layers)
+
+    def once():
+        settings = {"tokens": rows * width - 8, "width": width, "batch_size": rows}
+        return collect_factors(model, tokenizer, population, targets, **settings)
+
+    factors = once()
+    matrices = {
+        id(m): m.numel() * m.element_size()
+        for f in factors.values()
+        for m in (f.A, f.G, f.A_coupled, f.G_coupled)
+    }
+    assert sum(matrices.values()) == factor_bytes(targets)
+    save_factors(tmp_path / "f.safetensors", factors, {})
+    with safe_open(tmp_path / "f.safetensors", "pt") as file:
+        stored = sum(file.get_tensor(k).numel() * 4 for k in file.keys())  # noqa: SIM118
+    assert stored == factor_bytes(targets)
+    work = replace(WORK, width=width, batch_size=rows)
+    said = estimate(model, targets, work)
+    assert said.rows == rows * width * row_bytes(model, targets)
+    peak = peak_allocated(once, tmp_path)
+    assert said.rows + said.logits == pytest.approx(peak, rel=0.15)
+
+
+def test_a_shape_without_weights_gives_the_same_estimate(tokenizer):
+    real, shape = (model_of(tokenizer, d, **SHAPES["square"][0]) for d in ("cpu", "meta"))
+    a, b = (estimate(m, select_targets(m), WORK) for m in (real, shape))
+    assert a == b
+    assert a.weights == 4 * sum(p.numel() for p in real.parameters())
+    adam = torch.optim.AdamW(real.parameters())
+    real(torch.zeros(1, 4, dtype=torch.long)).logits.sum().backward()
+    adam.step()
+    moments = sum(
+        v.numel() * 4 for s in adam.state.values() for k, v in s.items() if k.startswith("exp")
+    )
+    whole = estimate(real, select_targets(real), replace(WORK, keep=1.0))
+    assert whole.training == 2 * a.weights + 2 * a.weights + 2 * a.weights + moments
+
+
+def test_logits_in_chunks_are_the_logits(tokenizer, population, monkeypatch):
+    """The gradient of the loss does not depend on how many logits stand at a time, and no more of
+    them are made than were allowed."""
+    model = model_of(tokenizer, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
+    batch = next(batches(population, tokenizer, width=48, batch_size=4))
+    made = []
+    model.lm_head.register_forward_hook(lambda *a: made.append(a[-1].numel()))
+
+    def gradient():
+        seen = []
+        with evaluation_mode(model, frozen=True):
+            forward = CausalForward(model)
+            made.clear()
+            handle = model.model.layers[0].mlp.register_forward_hook(
+                lambda *a: (a[-1].requires_grad_(), a[-1].register_hook(seen.append))[0] and None
+            )
+            backward_from_loss(forward, batch, "gold", None, where="here")
+            handle.remove()
+        return seen[0]
+
+    whole = gradient()
+    assert len(made) == 1
+    limit = 7 * len(tokenizer)
+    monkeypatch.setattr("curvature.forward.CHUNK", limit)
+    parts = gradient()
+    assert len(made) > 10
+    assert max(made) <= limit
+    torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-6)
+
+
+def test_what_cannot_fit_is_refused_with_the_setting(tokenizer):
+    model = model_of(tokenizer, "meta", **SHAPES["square"][0])
+    needed = estimate(model, select_targets(model), WORK)
+    plenty = Room("cpu", 2**40, 2**40, 1e10)
+    refuse(needed, plenty)
+    assert "needs about" in report(needed, plenty)
+    for free, words in (
+        (replace(plenty, disk=10), "choose another --out"),
+        (replace(plenty, memory=10), "a smaller --model"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            refuse(needed, free)
+    for part, words in (
+        ("factors", "--layers or --targets"),
+        ("one_row", "lower --width"),
+        ("training", "--attack-steps 0"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            refuse(replace(needed, **{part: 2**41}), plenty)
+
+
+def test_the_machine_is_looked_at(tmp_path):
+    free = room("cpu", tmp_path / "not" / "yet" / "there")
+    assert free.memory > 2**20
+    assert free.disk > 0
+    assert free.rate > 1e6
+    assert not (tmp_path / "not").exists()
+
+
+def test_published_sizes():
+    """Parameters as published, and the fp32 factors (A and G alone) that other work reports."""
+    from recipes.sizes import MARK, SHAPES, line, recipes, sized
+
+    published = {"OLMo-2-0425-1B": 1.48, "OLMo-2-1124-7B": 7.30, "OLMo-2-1124-13B": 13.7}
+    published |= {"Meta-Llama-3-8B": 8.03, "Meta-Llama-3-70B": 70.6, "Qwen3-8B": 8.19}
+    for name in SHAPES:
+        parameters, found = sized({"model": name})
+        known = published.get(name.split("/")[1], 1.0)
+        assert parameters / 1e9 == pytest.approx(known, rel=0.01), name
+        if "70B" in name:
+            assert found.factors / 2 / 2**30 == pytest.approx(775, rel=0.05)
+        if "1124-7B" in name:
+            assert found.factors / 2 / 2**30 == pytest.approx(47, rel=0.05)
+    assert len(recipes()) >= 6
+    for path, settings in recipes().items():
+        assert f"{MARK}{line(settings)}\n" in path.read_text(), f"{path}: python -m recipes.sizes"
+
+
+def test_the_tables_of_the_page_are_its_command(capsys, monkeypatch):
+    from recipes import sizes
+
+    monkeypatch.setattr("sys.argv", ["sizes", "--markdown"])
+    sizes.main()
+    page = (Path(__file__).parent.parent / "docs" / "scale.md").read_text()
+    rows = [row for row in capsys.readouterr().out.splitlines() if row.startswith("| ")]
+    assert len(rows) > 6
+    for row in rows:
+        assert row in page, row
+
+
+def test_parameters_count_tied_weights_once(tokenizer):
+    tied = model_of(
+        tokenizer,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        tie_word_embeddings=True,
+    )
+    assert parameters_of(tied) == sum({id(p): p.numel() for p in tied.parameters()}.values())
