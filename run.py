@@ -268,6 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     )
                 if world() == 1:
                     raise
+                ignore_termination()
                 return said(f"lost the other processes ({first_line(error)}); {again}", LOST)
     except (ValueError, OSError) as error:
         return said(error, BAD_INPUT)
@@ -277,6 +278,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0][:200]
+
+
+def ignore_termination() -> None:
+    """The launcher ends the others too: one message is enough."""
+    import signal
+
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 @contextmanager
@@ -829,8 +837,8 @@ def save_recipe(recipe: Recipe, folder: Path) -> None:
 def operate_on(asked: Recipe) -> int:
     """load -> judge base -> factors -> strength -> cut -> shrink -> heal -> judge -> attack ->
     controls [-> teach -> judge] -> export -> report."""
-    from curvature.processes import from_main
-    from curvature.stages import Stages, locked
+    from curvature.processes import from_main, is_main
+    from curvature.stages import Stages, locked, sweep
     from surgery.publish import check_repository
 
     if asked.compare:
@@ -847,10 +855,12 @@ def operate_on(asked: Recipe) -> int:
     questions = questions_of(recipe, patient.tokenizer) if recipe.teach else None
     folder = from_main(lambda: run_folder(recipe))
     with locked(folder):
+        from_main(lambda: sweep(folder))
         from_main(lambda: save_recipe(recipe, folder))
         say = silence if recipe.quiet else announce
         run = Run(recipe, patient, Stages(folder, say), folder)
-        introduce(run)
+        if is_main():
+            introduce(run)
         if recipe.measure_only or recipe.plan_only:
             return measure_and_predict(run)
         judge_stage(run, "base", patient.model)

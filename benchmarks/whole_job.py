@@ -102,8 +102,8 @@ def main() -> None:
         alone = alone or total
         goal = "within" if begun <= START_GOAL else "above"
         console.print(
-            f"{processes} process(es): {total:.1f} s, {alone / total:.2f} times the first; start-up "
-            f"{begun:.1f} s, {goal} the goal of {START_GOAL:g} s"
+            f"{processes} process(es): {total:.1f} s, {alone / total:.2f} times the first; "
+            f"start-up {begun:.1f} s, {goal} the goal of {START_GOAL:g} s"
         )
 
 

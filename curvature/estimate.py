@@ -56,13 +56,14 @@ class Work:
 class Estimate:
     """Bytes and floating-point operations of one run in one process (see the module).
 
-    factors: of one population, which the collecting device holds; the finished ones lie on the disk
-    and are read from there. disk: what the run folder may grow to.
+    factors: of one population; all that are measured at once, `populations`, stand in memory until
+    they are saved. disk: what the run folder may grow to.
     """
 
     weights: int
     training: int
     factors: int
+    populations: int
     rows: int
     one_row: int
     logits: int
@@ -74,7 +75,7 @@ class Estimate:
     def memory(self) -> int:
         """The peak: the factor pass, the judge or the training, whichever is largest."""
         return max(
-            2 * self.weights + self.factors + self.rows + self.logits,
+            2 * self.weights + self.populations * self.factors + self.rows + self.logits,
             self.weights + self.judge,
             self.training + self.rows + self.logits,
         )
@@ -82,7 +83,8 @@ class Estimate:
     @property
     def least(self) -> int:
         """What is needed with one row at a time, which is where halving the rows ends."""
-        return max(self.weights + self.factors + self.one_row, self.training + self.one_row)
+        measured = self.populations * self.factors
+        return max(self.weights + measured + self.one_row, self.training + self.one_row)
 
 
 def parameters_of(model: nn.Module) -> int:
@@ -135,6 +137,7 @@ def estimate(model: nn.Module, targets: Sequence[Target], work: Work) -> Estimat
         weights=b * P,
         training=b * (2 * P + 6 * kept) if work.trains else 2 * b * P,
         factors=factors,
+        populations=work.populations,
         rows=n * per_token,
         one_row=work.width * per_token,
         logits=8 * min(n, max(1, CHUNK // V)) * V,
@@ -188,7 +191,8 @@ def report(needed: Estimate, free: Room) -> str:
     time_needed = f"{minutes:.0f} min" if minutes >= 1 else "a minute"
     return (
         f"needs about {gib(needed.memory)} GiB of {gib(free.memory)} free ({free.device}; weights "
-        f"{gib(needed.weights)}, factors {gib(needed.factors)}, rows {gib(needed.rows)}, logits "
+        f"{gib(needed.weights)}, factors {needed.populations} x {gib(needed.factors)}, rows "
+        f"{gib(needed.rows)}, logits "
         f"{gib(needed.logits)}, training {gib(needed.training)}), {gib(needed.disk)} GiB of "
         f"{gib(free.disk)} on disk, and {time_needed} of arithmetic or more"
     )
@@ -207,7 +211,7 @@ def refuse(needed: Estimate, free: Room) -> None:
     where = {"cuda": "the GPUs have", "cpu": "this machine has"}[free.device]
     parts = {
         "weights": (needed.weights, "use a machine with more memory or a smaller --model"),
-        "factors": (needed.factors, "choose fewer --layers or --targets"),
+        "factors": (needed.populations * needed.factors, "choose fewer --layers or --targets"),
         "one row": (needed.one_row, "lower --width"),
         "training": (
             needed.training - needed.weights,

@@ -199,6 +199,18 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
+LEFT_OVER = (".tmp", ".partial", ".stale", ".replaced")
+
+
+def sweep(folder: Path) -> None:
+    """Throw away what a killed run was writing: hidden, under a temporary name."""
+    for path in sorted(p for p in folder.rglob(".*") if p.suffix in LEFT_OVER):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
 def peak_memory() -> int:
     """Peak resident memory of this process so far, bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -120,6 +120,9 @@ def _quiet_hflm() -> Any:
 
     class QuietHFLM(HFLM):
         bar: Any = None
+        # lm-eval would split its documents by rank and answer on the first process only
+        rank = 0
+        world_size = 1
 
         def _loglikelihood_tokens(
             self, requests: Any, disable_tqdm: bool = True, override_bs: int | None = None

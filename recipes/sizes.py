@@ -156,7 +156,7 @@ def main() -> None:
             text = path.read_text(encoding="utf-8")
             path.write_text(re.sub(rf"(?m)^{MARK}.*$", MARK + line(settings), text))
     if arguments.markdown:
-        print("| model | parameters | weights | factors: all layers | three | peak: all layers | three |")
+        print("| model | parameters | weights | factors: all | three | peak: all | three |")
         for name in SHAPES:
             rows = {"model": name, "batch_size": 4, "judge_batch_size": 8}
             whole = sized({**rows, "keep_neurons": 0.8})

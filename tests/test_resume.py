@@ -174,11 +174,11 @@ def test_a_changed_text_or_model_is_seen_by_every_stage(server, undisturbed, tmp
     memories = (files / "memorized.jsonl").read_text().splitlines(keepends=True)
     (files / "memorized.jsonl").write_text("".join(memories[:-1]))
     settings = tiny.arguments(files, out, update=True)
-    answer = server.run(settings, up_to("strength"))
-    changed = {"spectrum", "factors", "curvature-map", "strength"}
+    answer = server.run(settings, up_to("try-base"))
+    changed = {"spectrum", "factors", "try-base"}
     assert set(answer["ran"]) - {"judge-base"} == changed, "the judge sees its own split alone"
     tiny.write_patient(files, seed=2)
-    answer = server.run(settings, up_to("strength"))
+    answer = server.run(settings, up_to("try-base"))
     assert set(answer["ran"]) == changed | {"judge-base"}
     assert answer["found"] == []
 
