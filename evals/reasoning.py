@@ -16,6 +16,7 @@ import io
 import json
 import logging
 import math
+import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -162,11 +163,17 @@ def _quiet() -> Iterator[None]:
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)
+    place = os.environ.get("LOCAL_RANK")
+    if place is not None:
+        # it answers where this is 0 only, and every process needs the answer
+        os.environ["LOCAL_RANK"] = "0"
     try:
         with contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:
         logger.setLevel(level)
+        if place is not None:
+            os.environ["LOCAL_RANK"] = place
 
 
 @functools.lru_cache(maxsize=1)
