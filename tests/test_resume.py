@@ -175,7 +175,7 @@ def test_a_changed_text_or_model_is_seen_by_every_stage(server, undisturbed, tmp
     (files / "memorized.jsonl").write_text("".join(memories[:-1]))
     settings = tiny.arguments(files, out, update=True)
     answer = server.run(settings, up_to("try-base"))
-    changed = {"spectrum", "factors", "try-base"}
+    changed = {"spectrum", "factors", "curvature-map", "try-base"}
     assert set(answer["ran"]) - {"judge-base"} == changed, "the judge sees its own split alone"
     tiny.write_patient(files, seed=2)
     answer = server.run(settings, up_to("try-base"))
