@@ -105,11 +105,19 @@ class Recipe:
         neurons: Ranking of the neurons that are taken out: neurons, random, magnitude, wanda.
         keep_neurons: Share of each layer's neurons that stays, 0.6 by default; 1 leaves the shape
             alone.
+        shape: How the model is made smaller: uniform (neurons, one width; loads anywhere), ragged
+            (neurons, a width per layer; ships a small modelling file), low-rank (MLP matrices as
+            products, keep_neurons is then the share of squared singular mass; ships one too) or
+            layers (whole layers out).
         multiple: Kept neurons per layer are rounded down to a multiple of this.
         refit: Refit what stays in closed form on the kept populations.
+        bias: Give the MLPs biases that hold the mean output of what went, where the architecture
+            knows them; the refit then goes layer by layer.
         heal_tokens: Token budget of the short fine-tune on fresh kept text after shrinking; 0 for
             none.
         heal_lr: Learning rate of the healing.
+        gate: Strength that keeps the healing's updates off the directions that serve memory; 0 for
+            none.
         controls: Neuron rankings that are given the same parameter count, the same refit and the
             same healing.
         map_tokens: Scored tokens per population for the map of component groups; 0 for no map.
@@ -173,10 +181,13 @@ class Recipe:
     candidates: int = 6
     neurons: str = "neurons"
     keep_neurons: float | None = None
+    shape: Literal["uniform", "ragged", "low-rank", "layers"] = "uniform"
     multiple: int = 1
     refit: bool = True
+    bias: bool = False
     heal_tokens: int = 200_000
     heal_lr: float = 1e-3
+    gate: float = 0.0
     controls: tuple[str, ...] = ("random", "magnitude")
     map_tokens: int = 400
     cost_tokens: int = 2_000
@@ -1591,84 +1602,156 @@ def cut_stage(run: Run, factors: dict[str, dict[str, Factors]]) -> PreTrainedMod
 
 def saved(model: PreTrainedModel, folder: Path) -> None:
     from curvature.processes import is_main
+    from surgery.export import save_weights
 
     if is_main():
-        model.save_pretrained(folder / "model")
+        save_weights(model, folder / "model")
 
 
 def reloaded(run: Run, stage: Stage) -> PreTrainedModel:
     """A stage's model, always from its files: a run and its replay compute on the same bytes."""
     from transformers import AutoModelForCausalLM
 
+    folder = stage.folder / "model"
+    # the only code that is run unasked is the modelling file that this run wrote
+    own_code = (folder / "modeling_lethe.py").exists()
     model = AutoModelForCausalLM.from_pretrained(
-        stage.folder / "model", dtype="auto", trust_remote_code=run.recipe.trust_remote_code
+        folder, dtype="auto", trust_remote_code=run.recipe.trust_remote_code or own_code
     )
     return model.to(run.patient.model.device).eval()  # type: ignore[arg-type]
 
 
 def shrink_stage(run: Run, name: str, model: PreTrainedModel, ranking: str) -> PreTrainedModel:
-    """Take the lowest-ranked neurons out for good, and refit what stays on the kept populations."""
+    """Make the model smaller for good, and refit what stays on the kept populations. Controls lose
+    neurons, as many as gives them the parameters of the shrunk model."""
     from curvature.artifacts import model_sha256
     from curvature.targets import count_parameters
-    from surgery.plan import save_plan
-    from surgery.rankings import RANKINGS, plan_surgery
-    from surgery.repair import refit
-    from surgery.shrink import shrink
+    from surgery.shrink import neurons_for
 
     r = run.recipe
     if run.keep_neurons == 1:
         return model
+    control = name != "shrink"
+    keep = run.keep_neurons
+    if control and r.shape != "uniform":
+        smaller = run.stages.done["shrink"].value["parameters"]
+        keep = neurons_for(model, smaller / count_parameters(model))
     unedited = model_sha256(model) == run.patient.sha256
     measured = "factors" if unedited else "factors-after-cut"
     # after the cut only what is kept is measured again: the ranking of neurons asks for no more
     factors = factors_stage(run, measured, model, memorized=unedited)
-    names = ("multiple", "refit", "seed", "keep_weights")
-    depends: dict[str, Any] = {"ranking": ranking}
+    names = ("multiple", "refit", "bias", "seed", "keep_weights")
+    depends: dict[str, Any] = {"ranking": ranking, "shape": "uniform" if control else r.shape}
     depends["factors"] = run.stages.done[measured].fingerprint
-    depends |= {"keep_neurons": run.keep_neurons}
+    depends |= {"keep_neurons": keep}
     depends |= {k: getattr(r, k) for k in names}
 
     def compute(folder: Path) -> Any:
-        settings: dict[str, Any] = {}
-        if "multiple" in RANKINGS[ranking].settings:
-            settings["multiple"] = r.multiple
-        if "grain" in RANKINGS[ranking].settings:
-            settings["grain"] = "neurons"
-        plan = plan_surgery(
-            model,
-            ranking,
-            factors,
-            strength=run.keep_neurons,
-            seed=r.seed,
-            keep=r.keep_weights,
-            **settings,
-        )
-        save_plan(plan, folder)
-        small = shrink(model, plan)
-        left = refit(small, model, plan, kept_factors(factors, r.keep_weights)) if r.refit else {}
+        if control or r.shape in ("uniform", "ragged"):
+            small, record = fewer_neurons(
+                run, model, factors, ranking, keep, folder, uniform=control or r.shape == "uniform"
+            )
+        else:
+            small, record = other_shape(run, model, factors, keep)
         saved(small, folder)
-        return {
-            "removed": plan.removed,
-            "total": plan.total,
-            "parameters": count_parameters(small),
-            "output_error_left": left,
-        }
+        return {**record, "parameters": count_parameters(small)}
 
     return reloaded(run, run.stages.run(name, depends, compute))
+
+
+def fewer_neurons(
+    run: Run,
+    model: PreTrainedModel,
+    factors: dict[str, dict[str, Factors]],
+    ranking: str,
+    keep: float,
+    folder: Path,
+    *,
+    uniform: bool,
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The lowest-ranked neurons out, and the rest refitted in closed form."""
+    from curvature.populations import batches
+    from surgery.plan import save_plan
+    from surgery.rankings import RANKINGS, plan_surgery
+    from surgery.repair import refit, refit_in_order, with_mlp_bias
+    from surgery.shrink import shrink
+
+    r = run.recipe
+    wanted = {"multiple": r.multiple, "grain": "neurons"}
+    settings: dict[str, Any] = {k: v for k, v in wanted.items() if k in RANKINGS[ranking].settings}
+    if not uniform:
+        settings |= {"uniform": False, "score": "deletion"}
+    plan = plan_surgery(
+        model, ranking, factors, strength=keep, seed=r.seed, keep=r.keep_weights, **settings
+    )
+    save_plan(plan, folder)
+    small = shrink(model, plan, uniform=uniform)
+    left = refit(small, model, plan, kept_factors(factors, r.keep_weights)) if r.refit else {}
+    if r.bias:
+        small = with_mlp_bias(small)
+        rows = [
+            batch
+            for population in run.patient.material.keep
+            for batch in batches(
+                population,
+                run.patient.tokenizer,
+                width=r.width,
+                batch_size=r.batch_size,
+                tokens=round(r.factor_tokens * ROUND_SHARE),
+                seed=r.seed,
+            )
+        ]
+        refit_in_order(small, model, lambda: rows)
+    return small, {"removed": plan.removed, "total": plan.total, "output_error_left": left}
+
+
+def other_shape(
+    run: Run, model: PreTrainedModel, factors: dict[str, dict[str, Factors]], keep: float
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Whole layers out (those with the most memory for what is kept), or MLP matrices as products
+    of two thin ones where that is smaller."""
+    from curvature.targets import mlp_blocks
+    from surgery.search import best_layers
+    from surgery.shrink import drop_layers, factorize
+
+    if run.recipe.shape == "layers":
+        found = run.stages.done["factors"].value["layers"]["values"]
+        ratios = {int(k): float(v) for k, v in found.items()}
+        count = min(len(ratios) - 1, max(1, round((1 - keep) * len(ratios))))
+        gone = best_layers(ratios, count)
+        stay = [n for n in sorted(ratios) if n not in gone]
+        return drop_layers(model, stay), {"layers_dropped": list(gone)}
+    targets = [t for block in mlp_blocks(model) for t in block.targets]
+    kept = kept_factors(factors, run.recipe.keep_weights)
+    small, ranks = factorize(model, kept, targets, keep)
+    if not ranks:
+        raise ValueError(
+            f"shape low-rank at keep_neurons {keep:g} makes no matrix smaller: rank d f / (d + f) "
+            "is the break-even; keep less or choose another shape"
+        )
+    return small, {"ranks": ranks}
 
 
 def heal_stage(run: Run, name: str, model: PreTrainedModel) -> PreTrainedModel:
     """A short fine-tune on fresh kept text, with a stated token budget."""
     from curvature.artifacts import model_sha256
-    from surgery.heal import heal
+    from curvature.targets import select_targets
+    from surgery.heal import Gate, heal
 
     r, population = run.recipe, run.patient.material.heal
     if not r.heal_tokens or population is None:
         return model
     depends = {"start": model_sha256(model), "population": population.sha256}
-    depends |= {k: getattr(r, k) for k in ("heal_tokens", "heal_lr", "width", "batch_size", "seed")}
+    names = ("heal_tokens", "heal_lr", "gate", "width", "batch_size", "seed")
+    depends |= {k: getattr(r, k) for k in names}
 
     def compute(folder: Path) -> Any:
+        gate = None
+        if r.gate:
+            targets = select_targets(model, r.targets, r.layers)
+            factors = measure(run, model, targets, f"{name}: gate", ROUND_SHARE)
+            kept, gone = kept_factors(factors, r.keep_weights), memorized_factors(factors)
+            gate = Gate(targets, kept, gone, t=r.gate, eps=r.eps)
         healing = heal(
             model,
             run.patient.tokenizer,
@@ -1678,6 +1761,7 @@ def heal_stage(run: Run, name: str, model: PreTrainedModel) -> PreTrainedModel:
             batch_size=r.batch_size,
             width=r.width,
             seed=r.seed,
+            gate=gate,
             progress=name,
         )
         saved(model, folder)

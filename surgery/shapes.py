@@ -114,17 +114,12 @@ def own_type(model: PreTrainedModel) -> OwnType | None:
         )
     if not shapes:
         return None
-    causal = type(model).__name__
-    if not type(model).__module__.startswith("transformers.models."):
-        raise ValueError(
-            f"{causal} is not a class of transformers: no modelling file can be written for it"
-        )
-    config = type(model.config).__name__
-    model_type = f"lethe_{model.config.model_type}"
+    causal, config, body = (_plain(x) for x in (model, model.config, model.base_model))
+    model_type = f"lethe_{str(model.config.model_type).removeprefix('lethe_')}"
     source = SOURCE.format(
         architecture=causal,
         config=config,
-        model=type(model.base_model).__name__,
+        model=body,
         causal=causal,
         model_type=model_type,
         base=model.base_model_prefix,
@@ -140,6 +135,17 @@ def own_type(model: PreTrainedModel) -> OwnType | None:
         },
     }
     return OwnType(changes, source)
+
+
+def _plain(thing: object) -> str:
+    """The class of transformers that an object has or, loaded from a shipped file, inherits."""
+    for kind in type(thing).__mro__:
+        if kind.__module__.startswith("transformers.models."):
+            return kind.__name__
+    raise ValueError(
+        f"{type(thing).__name__} is not a class of transformers: no modelling file can be written "
+        "for it"
+    )
 
 
 def _mlp_side(name: str, module: nn.Linear) -> int | None:

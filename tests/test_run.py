@@ -112,6 +112,32 @@ def test_a_run_leaves_a_checkpoint_that_ordinary_tools_load(files, finished):
     assert "# model, edited with Lethe" in (finished / "checkpoint" / "README.md").read_text()
 
 
+SHAPES = {
+    "ragged": {"shape": "ragged"},
+    "low-rank": {"shape": "low-rank", "keep_neurons": 0.4},
+    "layers": {"shape": "layers"},
+    "bias and gate": {"bias": "true", "gate": 0.1},
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_shape_is_judged_attacked_and_loads(files, tmp_path, name):
+    """Controls get the parameters of the shrunk model, whatever its shape."""
+    out = tmp_path / "out"
+    settings = {**SHAPES[name], "judge_batch_size": 64, "candidates": 1, "rounds": 1}
+    assert run.main(arguments(files, out, **settings)) in (0, 1)
+    results = json.loads((out / "results.json").read_text())
+    verdict = results["verdict"]
+    assert verdict["parameters_share"] < 1
+    assert verdict["controls"][0]["parameters_share"] == pytest.approx(
+        verdict["parameters_share"], abs=0.05
+    )
+    own = (out / "checkpoint" / "modeling_lethe.py").exists()
+    assert own == (name in ("ragged", "low-rank"))
+    model = AutoModelForCausalLM.from_pretrained(out / "checkpoint", trust_remote_code=own)
+    assert model.num_parameters() == verdict["parameters_edited"]
+
+
 def test_results_hold_the_contract(finished):
     results = json.loads((finished / "results.json").read_text())
     verdict = results["verdict"]

@@ -169,22 +169,28 @@ def kept_width(width: int, share: float, multiple: int) -> int:
 
 def rank_neurons(operation: Operation, score: ScoreOne) -> Cut:
     """Keep the `strength` share of neurons of every block, those with the highest scores; the same
-    number per layer.
+    number per layer, or (setting `uniform` false) those with the highest scores of the whole model.
     """
     if not operation.blocks:
         raise ValueError("no MLP blocks were chosen: give layers that exist")
     tensors: dict[str, torch.Tensor] = {}
     removed = total = 0
-    for block in operation.blocks:
-        scores = score(operation, block).float().cpu()
+    ranked = {block.layer: score(operation, block).float().cpu() for block in operation.blocks}
+    for layer, scores in ranked.items():
         if not torch.isfinite(scores).all():
-            raise ValueError(
-                f"layer {block.layer}: non-finite neuron scores; the factors are damaged"
-            )
-        keep = kept_width(len(scores), operation.strength, operation.settings.get("multiple", 1))
+            raise ValueError(f"layer {layer}: non-finite neuron scores; the factors are damaged")
+    multiple = operation.settings.get("multiple", 1)
+    everything = torch.cat(list(ranked.values())).sort(descending=True).values
+    bar = everything[kept_width(len(everything), operation.strength, 1) - 1]
+    for layer, scores in ranked.items():
+        share = operation.strength
+        if not operation.settings.get("uniform", True):
+            # no layer is left empty
+            share = max(float((scores >= bar).float().mean()), multiple / len(scores))
+        keep = kept_width(len(scores), share, multiple)
         order = torch.argsort(scores, descending=True, stable=True)
-        tensors[f"layers.{block.layer}.keep"] = order[:keep].sort().values
-        tensors[f"layers.{block.layer}.scores"] = scores
+        tensors[f"layers.{layer}.keep"] = order[:keep].sort().values
+        tensors[f"layers.{layer}.scores"] = scores
         removed, total = removed + len(scores) - keep, total + len(scores)
     return Cut("neurons", tensors, removed, total)
 

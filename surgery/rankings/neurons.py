@@ -115,6 +115,8 @@ def cut(operation: Operation) -> Cut:
         raise ValueError(
             f"neurons: score {operation.settings['score']!r} is unknown: expected one of {SCORES}"
         )
+    if not operation.settings["uniform"] and operation.settings["score"] == "refit":
+        raise ValueError("neurons: score refit is an order within a layer; use deletion or depth")
     if operation.settings["margin"] and not operation.memorized:
         raise ValueError("neurons: margin needs the memorized population, which was not given")
     return rank_neurons(operation, score)
@@ -126,5 +128,5 @@ RANKING = Ranking(
     "share of the neurons of every layer that stays",
     0.6,
     (0.9, 0.3),
-    settings={"score": "refit", "margin": 0.0, "multiple": 1, "eps": 1e-4},
+    settings={"score": "refit", "margin": 0.0, "multiple": 1, "eps": 1e-4, "uniform": True},
 )
