@@ -49,6 +49,8 @@ if TYPE_CHECKING:
 MET, NOT_MET, BAD_INPUT, LOST, INTERRUPTED = 0, 1, 2, 3, 130
 ATTACK_TOKENS = 8 * 128
 """Tokens per step of a relearning attack."""
+HARDEN_STEPS, HARDEN_LR = 40, 3e-4
+"""Steps and learning rate of the relearning that a hardening round is measured on."""
 ROUND_SHARE = 0.3
 """Share of the token budget for measuring again after a round."""
 ORGANISM_RECIPE = Path(__file__).parent / "recipes" / "organism.yaml"
@@ -93,6 +95,8 @@ class Recipe:
         strength: Strength of the edit (of every round); found on the tune split by default.
         rounds: Cuts that `contrast` makes at most, measured again after every one; the tune split
             says where to stop. 1 for a single cut.
+        harden: Further rounds of `contrast` at most, twice as strong, against what a short
+            relearning of half of the edit split's memories brings back of the other half.
         eps: Damping of `contrast`.
         keep_weights: Weights of the kept populations by name (reasoning, reference; on the organism
             reasoning, language, listed knowledge); equal by default.
@@ -171,7 +175,8 @@ class Recipe:
     judge_batch_size: int = 64
     method: str = "contrast"
     strength: float | None = None
-    rounds: int = 5
+    rounds: int = 4
+    harden: int = 3
     eps: float = 0.1
     keep_weights: dict[str, float] | None = None
     keep_reasoning: float = 0.97
@@ -879,6 +884,7 @@ def operate_on(asked: Recipe) -> int:
         factors = factors_stage(run, "factors", patient.model)
         map_stage(run, factors)
         strength_stage(run, factors)
+        harden_stage(run, factors)
         dense = cut_stage(run, factors)
         cost_stage(run)
         judge_stage(run, "cut", dense)
@@ -1148,11 +1154,23 @@ def measure(
 ) -> dict[str, dict[str, Factors]]:
     """Factors by population: sampled labels on what is kept, margins of what is recited (of all
     tokens where the patient recites nothing). share: of the token budget."""
+    return measure_all(run, model, targets, populations_of(run, memorized), title, share)
+
+
+def measure_all(
+    run: Run,
+    model: nn.Module,
+    targets: Sequence[Target],
+    populations: dict[str, Population],
+    title: str,
+    share: float = 1.0,
+) -> dict[str, dict[str, Factors]]:
+    """`measure` of the given populations."""
     from curvature.factors import collect_factors
 
     r, found = run.recipe, {}
     labels = run.stages.done["factors"].value["labels"] if "factors" in run.stages.done else {}
-    for key, population in populations_of(run, memorized).items():
+    for key, population in populations.items():
         likely: Labels = "recited" if population.role == "memorized" else "sampled"
         ways: tuple[Labels, Labels] = (labels.get(key, likely), "margin")
         for way in ways:
@@ -1521,6 +1539,81 @@ def tries(
     return path
 
 
+def harden_stage(run: Run, factors: dict[str, dict[str, Factors]]) -> None:
+    """Further rounds against what an attacker would bring back: half of the edit split's memories
+    is relearned on a copy, and the margins of the other half that return are cut out of the edit.
+    Ends before the goals are missed."""
+    from curvature.targets import select_targets
+    from surgery.operate import operate
+    from surgery.plan import load_plan, save_plan
+    from surgery.rounds import halves, joined, next_round, relearned
+
+    r, model, done = run.recipe, run.patient.model, run.stages.done
+    base, chosen = done["try-base"].value, done["strength"].value["chosen"]
+    if not r.harden or not in_rounds(r):
+        return
+    goals, where = dataclasses.replace(goals_of(r), forget=None), chosen.get("layers", "all")
+    layers = placements(run)[where]
+    parts = halves(run.patient.material.memorized)
+    before = tried_stage(run)
+    names = ("eps", "keep_weights", "width", "batch_size", "seed", "targets", "factor_tokens")
+    for number in range(1, r.harden + 1):
+        depends = {"before": before.fingerprint, "layers": layers, "lr": HARDEN_LR}
+        depends |= {k: getattr(r, k) for k in names}
+
+        def compute(folder: Path, number: int = number, before: Stage = before) -> Any:
+            start = operate(model, load_plan(before.folder), copy_model=True, check=False)
+            targets = select_targets(start, r.targets, layers)
+            attacked = relearned(
+                start,
+                run.patient.tokenizer,
+                parts[number % 2],
+                steps=HARDEN_STEPS,
+                lr=HARDEN_LR,
+                batch_size=max(1, ATTACK_TOKENS // r.width),
+                width=r.width,
+                seed=r.seed + number,
+                progress=f"harden {number}: relearning",
+            )
+            returned = select_targets(attacked, r.targets, layers)
+            title = f"harden {number}"
+            kept = measure(run, start, targets, title, ROUND_SHARE, memorized=False)
+            gone = {f"memorized/{p.name}": p for p in parts[1 - number % 2]}
+            back = measure_all(run, attacked, returned, gone, title, ROUND_SHARE)
+            cut = next_round(
+                start,
+                {**kept, **back},
+                chosen["scales"],
+                number=number,
+                strength=2 * chosen["strength"],
+                targets=targets,
+                keep=r.keep_weights,
+                seed=r.seed,
+                eps=r.eps,
+            )
+            save_plan(joined(model, cut.model, cut.plan, chosen["rounds"] + number), folder)
+            figures = tune_figures(run, cast("PreTrainedModel", cut.model))
+            return {**chosen, "hardened": number, **figures, "energy": cut.energy}
+
+        before = run.stages.run(f"harden-{number}", depends, compute)
+        if miss_of(goals, before.value, base) > 0:
+            break
+
+
+def tried_stage(run: Run) -> Stage:
+    """The stage of the candidate that the search chose."""
+    chosen = run.stages.done["strength"].value["chosen"]
+    return next(s for n, s in run.stages.done.items() if n.startswith("try-") and s.value == chosen)
+
+
+def hardened(run: Run) -> list[Stage]:
+    """The hardening rounds that kept what must be kept."""
+    base = run.stages.done["try-base"].value
+    goals = dataclasses.replace(goals_of(run.recipe), forget=None)
+    found = [s for n, s in run.stages.done.items() if n.startswith("harden-")]
+    return [s for s in found if miss_of(goals, s.value, base) == 0]
+
+
 def tries_once(
     run: Run,
     factors: dict[str, dict[str, Factors]],
@@ -1572,22 +1665,18 @@ def cut_stage(run: Run, factors: dict[str, dict[str, Factors]]) -> PreTrainedMod
     if r.method == "none":
         return run.patient.model
     chosen = run.stages.done["strength"].value["chosen"]
-    tried = [
-        s
-        for name, s in run.stages.done.items()
-        if name.startswith("try-") and s.value == chosen and (s.folder / "plan.json").exists()
-    ]
+    tried = [s for s in (tried_stage(run), *hardened(run)) if (s.folder / "plan.json").exists()]
     settings = {k: chosen.get(k) for k in ("method", "strength", "rounds", "layers")}
     depends = {
         "factors": run.stages.done["factors"].fingerprint,
-        "tried": tried[0].fingerprint if tried else None,
+        "tried": tried[-1].fingerprint if tried else None,
         **settings,
         **{k: getattr(r, k) for k in ("eps", "keep_weights", "seed", "targets")},
     }
 
     def compute(folder: Path) -> Any:
         plan = (
-            load_plan(tried[0].folder)
+            load_plan(tried[-1].folder)
             if tried
             else plan_dense(run, factors, r.method, chosen["strength"], r.layers)
         )

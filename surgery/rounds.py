@@ -5,18 +5,26 @@ curvature grows as the weights move, and memories already gone are cut once more
 small cut is planned on factors of the model as the last one left it, so what has been forgotten no
 longer pulls and what has become sharp for the kept text is spared. The rounds are a path from no
 edit to a strong one: each is a candidate, and the outcome decides where to stop.
+
+A memory that is no longer recited may still be there, a few steps of training away. Hardening
+rounds measure it where it shows: half of the memories given to the edit is relearned on a copy, and
+the margins of the other half that came back with them are what the next cut removes.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from curvature.artifacts import model_sha256
+from curvature.descent import fine_tune
 from curvature.factors import Factors
+from curvature.populations import Document, Population
 from curvature.targets import Target
 from surgery.operate import operate
 from surgery.plan import Plan
@@ -143,6 +151,48 @@ def in_rounds(
         )
         yield step
         model = step.model
+
+
+def halves(populations: Sequence[Population]) -> tuple[list[Population], list[Population]]:
+    """The first and the second half of every population's documents."""
+    out: tuple[list[Population], list[Population]] = ([], [])
+    for population in populations:
+        documents = population.documents
+        middle = max(1, len(documents) // 2)
+        for part, side in zip(out, (documents[:middle], documents[middle:] or documents)):
+            part.append(replace(population, documents=side))
+    return out
+
+
+def relearned(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    populations: Sequence[Population],
+    *,
+    steps: int,
+    lr: float,
+    batch_size: int,
+    width: int,
+    seed: int = 0,
+    progress: str | None = None,
+) -> nn.Module:
+    """A copy of `model` after a short fine-tune on whole memorized texts: what an attacker who has
+    some of them would get. What comes back of others was hidden, not gone."""
+    texts = tuple(Document("", d.text) for p in populations for d in p.documents)
+    attacked = copy.deepcopy(model)
+    fine_tune(
+        attacked,
+        tokenizer,
+        Population("relearning", "memorized", texts, "edit split"),
+        steps=steps,
+        lr=lr,
+        batch_size=batch_size,
+        width=width,
+        seed=seed,
+        schedule="constant",
+        progress=progress,
+    )
+    return attacked.eval()
 
 
 def joined(first: nn.Module, last: nn.Module, plan: Plan, rounds: int) -> Plan:

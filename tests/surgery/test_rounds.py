@@ -6,12 +6,18 @@ from dataclasses import replace
 import pytest
 import torch
 
+from curvature.descent import population_loss
 from curvature.factors import collect_factors
 from curvature.forward import loss_gradient
+from curvature.populations import batches
 from curvature.targets import select_targets
 from surgery.operate import operate
 from surgery.rankings import plan_surgery
-from surgery.rounds import in_rounds, joined, memory_scales
+from surgery.rounds import halves, in_rounds, joined, memory_scales, relearned
+
+
+def rows(tokenizer, population):
+    return batches(population, tokenizer, width=96, batch_size=40)
 
 
 def weights(model):
@@ -95,3 +101,22 @@ def test_a_random_model_recites_next_to_nothing(tiny_llama, tokenizer, memories,
 def test_no_round_is_refused(tiny_llama, factors):
     with pytest.raises(ValueError, match="rounds is 0"):
         next(in_rounds(tiny_llama, lambda m: factors, select_targets, strength=0.1, rounds=0))
+
+
+def test_halves_share_no_document(memories):
+    first, second = halves([memories])
+    assert {d.text for d in first[0].documents} | {d.text for d in second[0].documents} == {
+        d.text for d in memories.documents
+    }
+    assert len(first[0].documents) + len(second[0].documents) == len(memories.documents)
+
+
+def test_relearning_is_done_on_a_copy(tiny_llama, tokenizer, memories):
+    before = weights(tiny_llama)
+    attacked = relearned(
+        tiny_llama, tokenizer, [memories], steps=8, lr=1e-2, batch_size=8, width=96
+    )
+    for name, weight in weights(tiny_llama).items():
+        assert torch.equal(weight, before[name])
+    losses = [population_loss(m, next(rows(tokenizer, memories))) for m in (tiny_llama, attacked)]
+    assert losses[1] < 0.9 * losses[0], "the shown half is learned"
