@@ -534,7 +534,6 @@ def fit(recipe: Recipe) -> Recipe:
     that goes on keeps what it began with."""
     import psutil
     import torch
-    import yaml
 
     from curvature.checkpoint import read_shape
     from curvature.targets import mlp_blocks
@@ -544,7 +543,7 @@ def fit(recipe: Recipe) -> Recipe:
     if recipe.model == "organism":
         return recipe
     file = Path(str(recipe.out)) / "recipe.yaml"
-    began = yaml.safe_load(file.read_text()) if file.exists() else None
+    began = saved_settings(file)
     config, shape = read_shape(path, recipe.trust_remote_code)
     gpu = device_of(recipe) == "cuda"
     free = torch.cuda.mem_get_info()[0] if gpu else psutil.virtual_memory().available
@@ -643,6 +642,7 @@ def load(recipe: Recipe) -> Patient:
     from evals.standins import standin_material
     from recipes import context_of
     from surgery.export import check_exportable
+    from surgery.rankings.base import shares_of
 
     of_the_organism = recipe.model == "organism" and recipe.memorized in (None, "scan")
     own_texts = bool(recipe.memorized) and not of_the_organism
@@ -718,6 +718,7 @@ def load(recipe: Recipe) -> Patient:
             problems=recipe.problems,
             seed=recipe.seed,
         )
+    shares_of({p.name: {} for p in material.keep}, recipe.keep_weights)
     for population in (*material.keep, *material.memorized):
         # one pass over the tokens raises for a problem that does not fit into a row
         for _ in batches(population, tokenizer, width=recipe.width, batch_size=recipe.batch_size):
@@ -806,7 +807,6 @@ def check(recipe: Recipe) -> None:
 def run_folder(recipe: Recipe) -> Path:
     """The run folder, made where it is new. A folder of another recipe is refused unless `update`
     is set, and so is a folder of something else."""
-    import yaml
 
     from curvature.stages import LOCK
 
@@ -815,10 +815,7 @@ def run_folder(recipe: Recipe) -> Path:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file: choose another --out")
     if file.exists():
-        try:
-            before = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError):
-            before = None
+        before = saved_settings(file)
         changed = (
             [k for k in settings if before.get(k) != settings[k]]
             if isinstance(before, dict)
@@ -836,6 +833,16 @@ def run_folder(recipe: Recipe) -> Path:
         raise ValueError(f"{folder} exists and is not a run folder: choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def saved_settings(file: Path) -> Any:
+    """What a `recipe.yaml` holds; None where there is none or it cannot be read."""
+    import yaml
+
+    try:
+        return yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else None
+    except (yaml.YAMLError, UnicodeDecodeError):
+        return None
 
 
 def save_recipe(recipe: Recipe, folder: Path) -> None:

@@ -239,8 +239,10 @@ def _nats(
     device = next(model.parameters()).device
     out = [0.0] * len(pairs)
     order = sorted(range(len(pairs)), key=lambda k: -len(pairs[k][0]) - len(pairs[k][1]))
-    for start in range(0, len(order), batch_size):
-        chunk = order[start : start + batch_size]
+    at_once = RowsAtOnce("reading of samples", "judge_batch_size", batch_size)
+
+    def read(chunk: Sequence[int]) -> dict[int, float]:
+        found = {}
         longest = len(pairs[chunk[0]][0]) + len(pairs[chunk[0]][1])
         ids = torch.zeros(len(chunk), longest, dtype=torch.long)
         for row, k in enumerate(chunk):
@@ -251,5 +253,15 @@ def _nats(
         token_nll = -logp.gather(2, ids[:, 1:, None])[..., 0]
         for row, k in enumerate(chunk):
             a, b = len(pairs[k][0]) - 1, len(pairs[k][0]) + len(pairs[k][1]) - 1
-            out[k] = float(token_nll[row, a:b].mean())
+            found[k] = float(token_nll[row, a:b].mean())
+        return found
+
+    def one(chunk: Sequence[int]) -> dict[int, float]:
+        parts = at_once.run(lambda n: [read(chunk[k : k + n]) for k in range(0, len(chunk), n)])
+        return {k: value for part in parts for k, value in part.items()}
+
+    chunks = [order[k : k + batch_size] for k in range(0, len(order), batch_size)]
+    for part in shared_out(chunks, one):
+        for k, value in part.items():
+            out[k] = value
     return out

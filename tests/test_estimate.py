@@ -157,12 +157,14 @@ def test_logits_in_chunks_are_the_logits(tokenizer, population, monkeypatch):
 
     def gradient():
         seen = []
+
+        def begin(module, args, output):
+            output.requires_grad_().register_hook(seen.append)
+
         with evaluation_mode(model, frozen=True):
             forward = CausalForward(model)
             made.clear()
-            handle = model.model.layers[0].mlp.register_forward_hook(
-                lambda *a: (a[-1].requires_grad_(), a[-1].register_hook(seen.append))[0] and None
-            )
+            handle = model.model.layers[0].mlp.register_forward_hook(begin)
             backward_from_loss(forward, batch, "gold", None, where="here")
             handle.remove()
         return seen[0]

@@ -68,7 +68,9 @@ def contents(folder: Path) -> dict[str, bytes]:
     """Every file of a run by relative path. What says whether a stage was found or run, and the
     folder's own name, are not part of the result."""
     found = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != ".lock"):
+    # the search's journal holds times and process ids
+    aside = (".lock", "search.journal")
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in aside):
         data = path.read_bytes().replace(str(folder).encode(), b"FOLDER")
         if path.name == "results.json":
             record = json.loads(data)
