@@ -385,7 +385,7 @@ def test_a_published_model_on_real_text(tmp_path):
     given = [
         f"--{k}={json.dumps(v) if isinstance(v, list | bool) else v}" for k, v in settings.items()
     ]
-    assert run.main(given) == 0
+    assert run.main(given) in (run.MET, run.NOT_MET), "a cut of a model without slack has a cost"
     verdict = json.loads((tmp_path / "run" / "results.json").read_text())["verdict"]
     assert verdict["recall_base"] == 0
     assert verdict["notes"]["recall_share"] == "the base recites none of the memories"
