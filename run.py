@@ -1191,6 +1191,8 @@ def measure_all(
                 width=r.width,
                 batch_size=r.batch_size,
                 seed=r.seed,
+                # a round asks for A and G alone
+                coupled=share == 1.0,
                 progress=f"{title}: {population.name}",
             )
             if key in labels or any(f.G.any() for f in found[key].values()):
