@@ -718,7 +718,8 @@ def load(recipe: Recipe) -> Patient:
             problems=recipe.problems,
             seed=recipe.seed,
         )
-    shares_of({p.name: {} for p in material.keep}, recipe.keep_weights)
+    if not recipe.evals_only:
+        shares_of({p.name: {} for p in material.keep}, recipe.keep_weights)
     for population in (*material.keep, *material.memorized):
         # one pass over the tokens raises for a problem that does not fit into a row
         for _ in batches(population, tokenizer, width=recipe.width, batch_size=recipe.batch_size):

@@ -115,7 +115,12 @@ def test_a_fault_in_a_stage_ends_the_run_with_one_line(
 ):
     monkeypatch.setattr(sys.modules["evals.judge"], "judge", fault)
     capsys.readouterr()
-    assert run.main(tiny.arguments(files, tmp_path / "run")) == status
+    # background jobs are started with Ctrl-C ignored
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert run.main(tiny.arguments(files, tmp_path / "run")) == status
+    finally:
+        signal.signal(signal.SIGINT, before)
     said = capsys.readouterr().err
     assert words in said
     assert said.count("\n") == 1, said
