@@ -77,10 +77,10 @@ def model_sha256(model: nn.Module | str | Path) -> str:
     return digest.hexdigest()
 
 
-def _write(path: str | Path, fill: Callable[[str], None]) -> None:
+def _write(path: str | Path, fill: Callable[[str], None], everyone: bool = False) -> None:
     """Let `fill` write a temporary neighbour of `path`, then rename it: readers see the old file or
-    the new one. Of many processes the first alone writes."""
-    if not is_main():
+    the new one. Of many processes the first alone writes, or with `everyone` each its own file."""
+    if not (is_main() or everyone):
         return
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -100,9 +100,14 @@ def _write(path: str | Path, fill: Callable[[str], None]) -> None:
 
 
 def write_tensors(
-    path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]
+    path: str | Path,
+    tensors: Mapping[str, torch.Tensor],
+    metadata: Mapping[str, Any],
+    *,
+    everyone: bool = False,
 ) -> None:
-    """Save tensors with a JSON-able description to one safetensors file, atomically."""
+    """Save tensors with a JSON-able description to one safetensors file, atomically. everyone: this
+    process writes although it is not the first; the path is its own."""
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     # one key only: with several, safetensors' header has another order in every process
     text = {_METADATA_KEY: json.dumps(dict(metadata), default=_plain)}
@@ -113,7 +118,7 @@ def write_tensors(
         except SafetensorError as error:
             raise OSError(f"{path} could not be written: {error}") from error
 
-    _write(path, fill)
+    _write(path, fill, everyone)
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

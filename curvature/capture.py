@@ -24,6 +24,7 @@ from curvature.forward import (
     check_labels,
     evaluation_mode,
     label_noise,
+    needs_noise,
     recomputed_activations,
 )
 from curvature.memory import RowsAtOnce, is_out_of_memory
@@ -74,7 +75,8 @@ class Capture:
         self._forward_fired: set[str] = set()
         self._backward_fired: set[str] = set()
         self._backward_running = False
-        self._bad: dict[str, torch.Tensor] = {}
+        self._totals: dict[torch.device, tuple[list[str], list[torch.Tensor]]] = {}
+        self._seen: list[tuple[int, list[str], torch.Tensor]] = []
         self._number = -1
         self._handles: list[Any] = []
 
@@ -120,24 +122,26 @@ class Capture:
                     f"{target.name} {what} in batch {self._number}: leave it out of the targets"
                 )
         self._shared.clear()
+        for names, totals in self._totals.values():
+            self._seen.append((self._number, names, torch.stack(totals)))
+        self._totals = {}
 
     def check_finite(self) -> None:
-        """Raises ValueError that names the first target and batch whose inputs or gradients were
+        """Raises ValueError that names the first batch and target whose inputs or gradients were
         not finite."""
-        for name, bad in self._bad.items():
-            if int(bad) >= 0:
+        for number, names, totals in self._seen:
+            bad = ~torch.isfinite(totals)
+            if bad.any():
                 raise ValueError(
-                    f"{name}: inputs or gradients are not finite in batch {int(bad)}: "
-                    "the model overflows there (try float32) or its weights are broken"
+                    f"{names[int(bad.nonzero()[0])]}: inputs or gradients are not finite in batch "
+                    f"{number}: the model overflows there (try float32) or its weights are broken"
                 )
 
     def _note(self, target: Target, x: torch.Tensor) -> None:
-        """Remember a batch that is not finite without waiting for the device."""
-        bad = ~torch.isfinite(x.sum(dtype=torch.float32))
-        before = self._bad.get(target.name)
-        if before is None:
-            before = torch.full((), -1, device=x.device)
-        self._bad[target.name] = torch.where(bad & (before < 0), self._number, before)
+        """Keep what tells whether x is finite, without waiting for the device."""
+        places = self._totals.setdefault(x.device, ([], []))
+        places[0].append(target.name)
+        places[1].append(x.sum(dtype=torch.float32))
 
     def _rows(self, x: torch.Tensor) -> torch.Tensor:
         flat = x.detach().reshape(-1, x.shape[-1])
@@ -250,8 +254,8 @@ def run_pass(
                 for number, first_row, whole in share_of_batches(stream):
                     for start, batch in pieces(whole, rows):
                         first = first_row + start
-                        sampled = labels == "sampled"
-                        noise = label_noise(seed, first, *batch.ids.shape) if sampled else None
+                        random = needs_noise(labels)
+                        noise = label_noise(seed, first, *batch.ids.shape) if random else None
                         before(batch)
                         capture.start(batch, number)
                         backward_from_loss(

@@ -92,12 +92,12 @@ def parameters_of(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def factor_bytes(targets: Sequence[Target]) -> int:
-    """Bytes of A, G, A' and G' of one population in fp32, an A that targets share counted once:
-    exactly the tensors that `collect_factors` returns."""
+def factor_bytes(targets: Sequence[Target], *, coupled: bool = True) -> int:
+    """Bytes of A and G (and A' and G') of one population in fp32, an A that targets share counted
+    once: exactly the tensors that `collect_factors` returns."""
     inputs = {(t.layer, t.input_group): t.d_in for t in targets}
-    shared = sum(d * d for d in inputs.values())
-    return 4 * (shared + sum(t.d_in**2 + 2 * t.d_out**2 for t in targets))
+    plain = sum(d * d for d in inputs.values()) + sum(t.d_out**2 for t in targets)
+    return 4 * (plain + coupled * sum(t.d_in**2 + t.d_out**2 for t in targets))
 
 
 def row_bytes(model: nn.Module, targets: Sequence[Target]) -> int:

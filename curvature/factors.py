@@ -12,6 +12,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,11 @@ from transformers import PreTrainedTokenizerBase
 
 from curvature.artifacts import read_tensors, write_tensors
 from curvature.capture import Capture, run_pass
+from curvature.estimate import factor_bytes
 from curvature.forward import Labels
+from curvature.memory import print_line
 from curvature.populations import Population
-from curvature.processes import gathered, is_distributed
+from curvature.processes import gathered, is_distributed, rank, world
 from curvature.targets import Target
 
 
@@ -44,34 +47,37 @@ class Factors:
     tokens: int
 
 
-LEAF = 192
+LEAF = 128
 """Side up to which a symmetric product is one matrix product, on a CPU."""
 LEAF_DEVICE = 512
 """The same on any other device, where a small product is all start-up."""
 
 
-def add_gram_(total: torch.Tensor, x: torch.Tensor) -> None:
+def add_gram_(total: torch.Tensor, x: torch.Tensor, *, fresh: bool = False) -> None:
     """total += x^T x for x [n, d], on the upper block triangle only (`fill_lower_` completes it).
-    fp32 accumulation."""
+    fp32 accumulation. fresh: whatever stands in total is written over."""
     d = x.shape[1]
     if d <= (LEAF if x.device.type == "cpu" else LEAF_DEVICE):
-        add_product_(total, x, x)
+        add_product_(total, x, x, fresh=fresh)
         return
     half = -(-d // 128) * 64
-    add_gram_(total[:half, :half], x[:, :half])
-    add_gram_(total[half:, half:], x[:, half:])
-    add_product_(total[:half, half:], x[:, :half], x[:, half:])
+    left, right = x[:, :half], x[:, half:]
+    add_gram_(total[:half, :half], left, fresh=fresh)
+    add_gram_(total[half:, half:], right, fresh=fresh)
+    add_product_(total[:half, half:], left, right, fresh=fresh)
 
 
-def add_product_(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+def add_product_(
+    total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, fresh: bool = False
+) -> None:
     """total += left^T right, accumulated in total's precision; half-precision products stay on the
-    tensor cores."""
-    if left.dtype == right.dtype == total.dtype:
-        total.addmm_(left.T, right)
-    elif left.is_cuda and left.dtype == right.dtype:
-        total += torch.mm(left.T, right, out_dtype=total.dtype)
+    tensor cores. fresh: as in `add_gram_`."""
+    if left.is_cuda and left.dtype == right.dtype != total.dtype:
+        product = torch.mm(left.T, right, out_dtype=total.dtype)
+        total.copy_(product) if fresh else total.add_(product)
     else:
-        total.addmm_(left.T.to(total.dtype), right.to(total.dtype))
+        left, right = left.to(total.dtype), right.to(total.dtype)
+        total.addmm_(left.T, right, beta=0 if fresh else 1)
 
 
 STRIP = 256
@@ -90,10 +96,11 @@ def fill_lower_(total: torch.Tensor) -> torch.Tensor:
 
 class SumsByTarget:
     """Running fp32 sums by (target, key), made when first needed and added up over processes once,
-    at the end."""
+    at the end. offload: they stand in the CPU's memory, wherever the model is."""
 
-    def __init__(self) -> None:
+    def __init__(self, offload: bool = False) -> None:
         self.sums: dict[tuple[str, str], torch.Tensor] = {}
+        self.offload = offload
 
     def restart(self) -> None:
         """Forget everything: the pass begins again."""
@@ -107,9 +114,21 @@ class SumsByTarget:
             total = self.sums[target.name, key] = like.new_zeros(shape, dtype=torch.float32)
         return total
 
-    def reduce(self, capture: Capture) -> tuple[int, dict[str, str]]:
+    def _add_up(self, total: torch.Tensor, owner: int | None) -> None:
+        if owner is None:
+            dist.all_reduce(total)
+        else:
+            dist.reduce(total, owner)
+
+    def complete(self, total: torch.Tensor) -> None:
+        """Make whole what was summed in part."""
+
+    def reduce(
+        self, capture: Capture, owners: Mapping[str, int] | None = None
+    ) -> tuple[int, dict[str, str]]:
         """(tokens, leads) over all processes; every sum becomes the total. A process that had no
-        batch takes part with zeros."""
+        batch takes part with zeros. owners: by target, the only process that gets its totals; the
+        others drop them one by one."""
         tokens, leads = capture.tokens, dict(capture.leads)
         if is_distributed():
             mine = {k: tuple(v.shape) for k, v in self.sums.items()}
@@ -119,12 +138,17 @@ class SumsByTarget:
             shapes = {k: v for g in everyone for k, v in g[2].items()}
             devices = {t.name: t.parameter.device for t in capture.targets}
             for place in sorted(shapes):
-                zeros = torch.zeros(shapes[place], device=devices[place[0]])
-                total = self.sums.setdefault(place, zeros)
-                dist.all_reduce(total)
+                total = self.sums.get(place)
+                if total is None:
+                    device = "cpu" if self.offload else devices[place[0]]
+                    total = self.sums[place] = torch.zeros(shapes[place], device=device)
+                self._add_up(total, None if owners is None else owners[place[0]])
+                if owners is not None and owners[place[0]] != rank():
+                    del self.sums[place]
         if tokens == 0:
             raise ValueError("no token was counted: the population is empty")
         for (name, key), total in self.sums.items():
+            self.complete(total)
             if not torch.isfinite(total).all():
                 raise ValueError(f"{name}: the sum for {key} is not finite: it overflows")
             if key == "A" and name in leads:
@@ -133,12 +157,26 @@ class SumsByTarget:
 
 
 class _FactorSums(SumsByTarget):
-    def __init__(self, coupled: bool):
-        super().__init__()
+    def __init__(self, coupled: bool, offload: bool = False):
+        super().__init__(offload)
         self.needs_pairs = coupled
 
     def _add(self, target: Target, key: str, x: torch.Tensor) -> None:
-        add_gram_(self.get(target, key, (x.shape[1], x.shape[1]), x), x)
+        place, side = (target.name, key), x.shape[1]
+        total = self.sums.get(place)
+        if total is None or self.offload:
+            # not zeroed: the first product writes what is summed, `complete` the rest
+            product = x.new_empty((side, side), dtype=torch.float32)
+            add_gram_(product, x, fresh=True)
+            if total is None:
+                self.sums[place] = product.cpu() if self.offload else product
+            else:
+                total.add_(product.cpu())
+        else:
+            add_gram_(total, x)
+
+    def complete(self, total: torch.Tensor) -> None:
+        fill_lower_(total)
 
     def inputs(self, target: Target, a: torch.Tensor) -> None:
         self._add(target, "A", a)
@@ -150,6 +188,46 @@ class _FactorSums(SumsByTarget):
             size_g = torch.linalg.vector_norm(g, dim=1, keepdim=True)
             self._add(target, "A_coupled", a * size_g.to(a))
             self._add(target, "G_coupled", g * size_a.to(g))
+
+
+def owners_of(targets: Sequence[Target]) -> dict[str, int]:
+    """Which process keeps the factors of which target: those that share an input together, the
+    largest first, each to the process that has least."""
+    groups: dict[tuple[int, str], list[Target]] = {}
+    for target in targets:
+        groups.setdefault((target.layer, target.input_group), []).append(target)
+    loads, owners = [0] * world(), {}
+    for group in sorted(groups.values(), key=lambda g: -factor_bytes(g)):
+        least = loads.index(min(loads))
+        loads[least] += factor_bytes(group)
+        owners.update({target.name: least for target in group})
+    return owners
+
+
+OFFLOAD_SHARE = 0.5
+"""Share of a device's free memory above which factors move to the CPU's: rows and logits want the
+rest."""
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """What a device has free; None for the CPU, which has no other memory to go to."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+
+
+def wants_offload(targets: Sequence[Target], coupled: bool) -> bool:
+    """Whether the factors would crowd any device that holds targets."""
+    devices: dict[torch.device, list[Target]] = {}
+    for target in targets:
+        devices.setdefault(target.parameter.device, []).append(target)
+    for device, held in devices.items():
+        free, needed = free_bytes(device), factor_bytes(held, coupled=coupled)
+        if free is not None and needed > OFFLOAD_SHARE * free:
+            print_line(
+                f"factors of {needed / 2**30:.1f} GiB stand in the CPU's memory: {device} has "
+                f"{free / 2**30:.1f} GiB free"
+            )
+            return True
+    return False
 
 
 def collect_factors(
@@ -164,6 +242,7 @@ def collect_factors(
     batch_size: int = 16,
     seed: int = 0,
     coupled: bool = True,
+    share_out: bool = False,
     progress: str | None = None,
 ) -> dict[str, Factors]:
     """Factors of every target by name, in one pass over at most `tokens` scored tokens (None: the
@@ -173,13 +252,15 @@ def collect_factors(
     `margin` (gradients of z_y - max_{j != y} z_j instead of the loss, for text that the model is
     sure of). A token counts if it is real and at or before the last position of its row that
     predicts a scored token; prompt tokens therefore count. The model is left as it was. Under
-    `torch.distributed` each process takes its share of the batches and all return the same result.
+    `torch.distributed` each process takes its share of the batches and all return the same result,
+    or with `share_out` each the factors of its own targets (`owners_of`). Where the factors would
+    crowd a GPU they stand in the CPU's memory, and are returned there.
 
     Raises ValueError on non-finite logits or factors (target and batch named), on a target that the
     passes do not reach, and out of memory (with the setting to turn). Warns where a factor is rank
     deficient for want of tokens.
     """
-    sums = _FactorSums(coupled)
+    sums = _FactorSums(coupled, wants_offload(targets, coupled))
     capture = run_pass(
         model,
         tokenizer,
@@ -193,11 +274,14 @@ def collect_factors(
         seed=seed,
         progress=progress,
     )
-    counted, leads = sums.reduce(capture)
+    owners = owners_of(targets) if share_out else None
+    counted, leads = sums.reduce(capture, owners)
     for total in sums.sums.values():
-        fill_lower_(total).div_(counted)
+        total.div_(counted)
     factors = {}
     for target in targets:
+        if owners is not None and owners[target.name] != rank():
+            continue
         found = {key: matrix for (name, key), matrix in sums.sums.items() if name == target.name}
         A = sums.sums[leads.get(target.name, target.name), "A"]
         factors[target.name] = Factors(
@@ -215,9 +299,15 @@ def collect_factors(
 
 
 def save_factors(
-    path: str | Path, factors: Mapping[str, Factors], metadata: Mapping[str, Any]
+    path: str | Path,
+    factors: Mapping[str, Factors],
+    metadata: Mapping[str, Any],
+    *,
+    share_out: bool = False,
 ) -> None:
-    """Write factors to one safetensors file; an A that targets share is stored once."""
+    """Write factors to one safetensors file; an A that targets share is stored once. share_out:
+    each process writes its own targets to a file of its own beside it (`part_of`), and all wait for
+    each other."""
     tensors: dict[str, torch.Tensor] = {}
     stored: dict[int, str] = {}
     index: dict[str, dict[str, Any]] = {}
@@ -228,23 +318,37 @@ def save_factors(
             if matrix is not None:
                 index[name][key] = stored.setdefault(id(matrix), f"{name}.{key}")
                 tensors[index[name][key]] = matrix
-    write_tensors(path, tensors, {"kind": "factors", "index": index, **metadata})
+    shared = share_out and world() > 1
+    if shared:
+        path = part_of(path, rank(), world())
+    description = {"kind": "factors", "index": index, **metadata}
+    write_tensors(path, tensors, description, everyone=shared)
+    if shared:
+        gathered(None)
+
+
+def part_of(path: str | Path, number: int, count: int) -> Path:
+    """Where process `number` of `count` writes its share of the factors that go under `path`."""
+    path = Path(path)
+    return path.with_name(f"{path.stem}.{number + 1}-of-{count}{path.suffix}")
 
 
 def load_factors(
     path: str | Path, targets: Sequence[Target] | None = None
 ) -> tuple[dict[str, Factors], dict[str, Any]]:
-    """Factors by target and the metadata they were saved with. Raises ValueError for a file that
-    holds none, and for one that does not fit `targets` where these are given."""
-    tensors, metadata = read_tensors(path)
-    if metadata.pop("kind", None) != "factors":
-        raise ValueError(f"{path} does not hold factors")
-    factors = {}
-    for name, entry in metadata.pop("index").items():
-        found = {k: tensors[v] for k, v in entry.items() if k != "tokens"}
-        factors[name] = Factors(
-            found["A"], found["G"], found.get("A_coupled"), found.get("G_coupled"), entry["tokens"]
-        )
+    """Factors by target and the metadata they were saved with, from one file or from the parts that
+    processes wrote. Raises ValueError for a file that holds none, for a part that is missing, and
+    for factors that do not fit `targets` where these are given."""
+    path = Path(path)
+    parts = sorted(path.parent.glob(f"{escape(path.stem)}.*-of-*{path.suffix}"))
+    if path.exists() or not parts:
+        factors, metadata = _load_file(path)
+    else:
+        count = int(parts[0].stem.rpartition("-of-")[2])
+        factors, metadata = {}, {}
+        for number in range(count):
+            found, metadata = _load_file(part_of(path, number, count))
+            factors |= found
     for target in targets or ():
         if target.name not in factors:
             raise ValueError(f"{path} holds no factors of {target.name}: collect them again")
@@ -254,4 +358,17 @@ def load_factors(
                 f"{path} holds factors of sides {len(f.A)} and {len(f.G)} for {target.name}, "
                 f"which is {target.d_out} x {target.d_in}: they belong to another model"
             )
+    return factors, metadata
+
+
+def _load_file(path: Path) -> tuple[dict[str, Factors], dict[str, Any]]:
+    tensors, metadata = read_tensors(path)
+    if metadata.pop("kind", None) != "factors":
+        raise ValueError(f"{path} does not hold factors")
+    factors = {}
+    for name, entry in metadata.pop("index").items():
+        found = {k: tensors[v] for k, v in entry.items() if k != "tokens"}
+        factors[name] = Factors(
+            found["A"], found["G"], found.get("A_coupled"), found.get("G_coupled"), entry["tokens"]
+        )
     return factors, metadata

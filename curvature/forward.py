@@ -20,7 +20,7 @@ from transformers.activations import ACT2CLS
 
 from curvature.populations import Batch
 
-Labels = Literal["sampled", "gold", "margin", "recited"]
+Labels = Literal["propagated", "sampled", "gold", "margin", "recited"]
 
 
 @contextmanager
@@ -117,6 +117,11 @@ def recomputed_activations(model: nn.Module) -> Iterator[None]:
         made.clear()
 
 
+def needs_noise(labels: str) -> bool:
+    """Whether the gradients of these labels are random, and of zero mean."""
+    return labels in ("sampled", "propagated")
+
+
 def check_labels(labels: str) -> None:
     if labels not in get_args(Labels):
         raise ValueError(
@@ -200,15 +205,35 @@ def label_noise(seed: int, first_row: int, rows: int, width: int) -> torch.Tenso
     return torch.from_numpy(noise)
 
 
+def random_signs(noise: torch.Tensor, width: int) -> torch.Tensor:
+    """Fair signs [n, width], int8, that depend on each uniform number [n] alone: bits of a hash of
+    the number and of the place (splitmix64, Steele et al. 2014)."""
+    seeds = (noise.double() * 2.0**53).long()
+    words = -(-width // 64)
+    step = -7046029254386353131
+    x = seeds[:, None] + step * torch.arange(1, words + 1, device=noise.device)
+    for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
+        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor
+    x = x ^ ((x >> 31) & ((1 << 33) - 1))
+    places = torch.arange(8, dtype=torch.uint8, device=noise.device)
+    bits = (x.view(torch.uint8)[:, :, None] >> places) & 1
+    return bits.flatten(1)[:, :width].to(torch.int8).mul_(2).sub_(1)
+
+
 def loss_gradient(
     logits: torch.Tensor, targets: torch.Tensor, noise: torch.Tensor | None, labels: Labels
 ) -> torch.Tensor:
     """d loss / d logits [n, vocabulary], fp32, of the sum-reduced loss.
 
     `gold`: cross-entropy of the targets. `sampled`: cross-entropy of labels drawn from the model's
-    own distribution by inverse transform of `noise` (the Fisher's gradient). `margin`: m = z_y -
-    max_{j != y} z_j. `recited`: the margin of the targets that the model predicts, max(m, 0); what
-    it does not recite has no margin to lose, and a memory that is gone leaves the estimate.
+    own distribution p by inverse transform of `noise` (the Fisher's gradient). `propagated`: no
+    loss, but r = D s - p s^T D s with D = diag(sqrt p) and random signs s, whose second moment
+    E[r r^T] = diag(p) - p p^T is the sampled gradient's (curvature propagation, Martens, Sutskever
+    & Swersky 2012). Where the model is sure a drawn label is nearly always the one that teaches
+    nothing, and once in a while a huge gradient; r has the same small size in every draw. `margin`:
+    m = z_y - max_{j != y} z_j. `recited`: the margin of the targets that the model predicts,
+    max(m, 0); what it does not recite has no margin to lose, and a memory that is gone leaves the
+    estimate.
     """
     z = logits.float()
     if labels in ("margin", "recited"):
@@ -220,6 +245,11 @@ def loss_gradient(
             gradient *= z.gather(1, targets[:, None]) > z.gather(1, rivals)
         return gradient
     gradient = z.softmax(-1)
+    if labels == "propagated":
+        assert noise is not None
+        gradient.sqrt_().mul_(random_signs(noise, z.shape[1]))
+        total = gradient.sum(-1, keepdim=True)
+        return gradient.mul_((gradient * -total).add_(1))
     if labels == "sampled":
         assert noise is not None
         steps = gradient.cumsum(-1)

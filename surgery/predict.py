@@ -31,6 +31,7 @@ from curvature.forward import (
     device_of,
     evaluation_mode,
     label_noise,
+    needs_noise,
 )
 from curvature.populations import Batch, Population, batches
 from curvature.targets import Target, mlp_blocks, select_targets
@@ -127,7 +128,7 @@ def _shifts(
             for number, batch in enumerate(stream()):
                 shift = None
                 noise = (
-                    label_noise(seed, first_row, *batch.ids.shape) if labels == "sampled" else None
+                    label_noise(seed, first_row, *batch.ids.shape) if needs_noise(labels) else None
                 )
                 backward_from_loss(forward, batch, labels, noise, where=f"batch {number}")
                 first_row += len(batch.ids)

@@ -3,7 +3,7 @@
 import torch
 from torch.nn import functional as F
 
-from curvature.forward import label_noise
+from curvature.forward import label_noise, random_signs
 
 
 def total_loss(model, batches, labels="gold", seed=0):
@@ -21,6 +21,12 @@ def total_loss(model, batches, labels="gold", seed=0):
                 if labels == "margin":
                     rivals = torch.cat((z[:y], z[y + 1 :]))
                     total = total + z[y] - rivals.max()
+                    continue
+                if labels == "propagated":
+                    p = z.detach().double().softmax(-1)
+                    factor = torch.diag(p.sqrt()) - torch.outer(p, p.sqrt())
+                    signs = random_signs(noise[r, t, None], len(p))[0].double()
+                    total = total + ((factor @ signs).to(z) * z).sum()
                     continue
                 if labels == "sampled":
                     steps = z.detach().double().softmax(-1).cumsum(-1)

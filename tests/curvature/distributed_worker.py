@@ -2,6 +2,7 @@
 the stream."""
 
 import sys
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -10,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from curvature.diagonals import fisher_diagonal
 from curvature.eigenbases import eigenbases
-from curvature.factors import collect_factors
+from curvature.factors import collect_factors, load_factors, save_factors
 from curvature.hutchinson import rademacher
 from curvature.hvp import curvature_product
 from curvature.populations import Population, batches
@@ -46,7 +47,17 @@ def main(out: str, documents: int) -> None:
     with curvature_product(model, rows, weights, method="double") as product:
         (hv,) = product(rademacher(weights, torch.Generator().manual_seed(0)))
     rank = dist.get_rank() if dist.is_initialized() else 0
-    tensors = {"batches": torch.tensor(len(rows)), "hv": hv.contiguous()}
+    own = collect_factors(model, tokenizer, population, targets, share_out=True, **settings)
+    path = Path(f"{out}.factors.safetensors")
+    save_factors(path, own, {}, share_out=True)
+    assert set(load_factors(path, targets)[0]) == set(factors)
+    tensors = {
+        "own": torch.tensor(len(own)),
+        "batches": torch.tensor(len(rows)),
+        "hv": hv.contiguous(),
+    }
+    for name, f in load_factors(path)[0].items():
+        tensors |= {f"{name}.{k} shared out": getattr(f, k).clone() for k in ("A", "G_coupled")}
     for name, f in factors.items():
         tensors |= {
             f"{name}.{k}": getattr(f, k).clone() for k in ("A", "G", "A_coupled", "G_coupled")

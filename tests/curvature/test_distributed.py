@@ -36,8 +36,14 @@ def test_two_processes_with_uneven_shards_equal_one(tmp_path, documents):
     )
     one = load_file(tmp_path / "one.0")
     assert int(one["batches"]) % 2 == 1, "the shards are not uneven"
-    for rank in (0, 1):
-        two = load_file(tmp_path / f"two.{rank}")
+    both = [load_file(tmp_path / f"two.{rank}") for rank in (0, 1)]
+    held = [int(two.pop("own")) for two in both]
+    assert sum(held) == int(one.pop("own"))
+    assert min(held) > 0, "one process holds all factors"
+    assert (tmp_path / "one.factors.safetensors").exists()
+    assert (tmp_path / "two.factors.1-of-2.safetensors").exists()
+    assert not (tmp_path / "two.factors.safetensors").exists()
+    for two in both:
         assert set(one) == set(two)
         for key, expected in one.items():
             if key.endswith("tokens"):

@@ -11,7 +11,9 @@ import curvature.factors as factors_module
 from curvature.artifacts import write_tensors
 from curvature.diagonals import factor_diagonals, fisher_diagonal, neuron_curvature
 from curvature.eigenbases import eigenbases
+from curvature.estimate import factor_bytes
 from curvature.factors import add_gram_, collect_factors, fill_lower_, load_factors, save_factors
+from curvature.forward import label_noise, loss_gradient, random_signs
 from curvature.populations import Batch, Document, Population, batches
 from curvature.targets import mlp_blocks, select_targets
 
@@ -23,8 +25,11 @@ def settings_for(**overrides):
     return {"tokens": None, "width": WIDTH, "batch_size": 3, "seed": 0, **overrides}
 
 
-@pytest.mark.parametrize("labels", ["gold", "sampled", "margin"])
-@pytest.mark.parametrize("architecture", ALL)
+@pytest.mark.parametrize(
+    ("architecture", "labels"),
+    [(a, labels) for a in ALL for labels in ("gold", "sampled", "margin")]
+    + [("llama", "propagated"), ("gemma3_text", "propagated")],
+)
 def test_factors_equal_plain_hooks_in_float64(
     make_model, double, tokenizer, population, architecture, labels
 ):
@@ -48,6 +53,30 @@ def test_factors_equal_plain_hooks_in_float64(
         assert relative(f.G, g.T @ g / n) < 1e-5
         assert relative(f.A_coupled, (a * norms_g).T @ (a * norms_g) / n) < 1e-5
         assert relative(f.G_coupled, (g * norms_a).T @ (g * norms_a) / n) < 1e-5
+
+
+@pytest.mark.parametrize("labels", ["sampled", "propagated"])
+def test_random_gradients_have_the_second_moment_of_the_fisher(labels):
+    """Of one position: E[r r^T] = diag(p) - p p^T, for a sure and for an unsure model."""
+    n = 60_000
+    noise = label_noise(0, 0, 1, n)[0]
+    for scale in (1.0, 4.0):
+        z = scale * torch.tensor([0.3, -1.0, 0.5, 1.2, -0.2])
+        r = loss_gradient(z.expand(n, -1), torch.zeros(n, dtype=torch.long), noise, labels)
+        p = z.softmax(-1)
+        expected = torch.diag(p) - torch.outer(p, p)
+        assert relative(r.T @ r / n, expected) < 0.03
+        assert r.mean(0).abs().max() < 0.01
+
+
+def test_signs_are_fair_independent_and_their_own():
+    noise = label_noise(3, 0, 1, 40_000)[0]
+    signs = random_signs(noise, 70).float()
+    assert set(signs.unique().tolist()) == {-1.0, 1.0}
+    moments = signs.T @ signs / len(signs)
+    assert (moments - torch.eye(70)).abs().max() < 0.03
+    assert signs.mean(0).abs().max() < 0.03
+    assert torch.equal(random_signs(noise[100:103], 40).float(), signs[100:103, :40])
 
 
 def test_gate_and_up_hold_one_A(tiny_llama, tokenizer, population):
@@ -324,6 +353,57 @@ def test_block_triangles_leave_whole_symmetric_factors(make_model, tokenizer, pl
     for name in whole:
         for key in ("A", "G", "A_coupled", "G_coupled"):
             assert relative(getattr(blocks[name], key), getattr(whole[name], key)) < 1e-5
+
+
+def test_a_fresh_product_writes_over_what_stood_there():
+    x = torch.randn(30, 300)
+    total = torch.full((300, 300), float("nan"))
+    add_gram_(total, x, fresh=True)
+    assert torch.allclose(fill_lower_(total), x.T @ x, rtol=1e-4, atol=1e-4)
+
+
+def test_factors_that_crowd_the_device_stand_in_the_processors_memory(
+    tiny_llama, tokenizer, population, monkeypatch, capsys
+):
+    targets = select_targets(tiny_llama)
+    expected = collect_factors(tiny_llama, tokenizer, population, targets, **settings_for())
+    plenty = 2 * factor_bytes(targets)
+    for free, words in ((plenty, ""), (plenty - 2, "stand in the CPU's memory: cpu has")):
+        monkeypatch.setattr(factors_module, "free_bytes", lambda device, free=free: free)
+        found = collect_factors(tiny_llama, tokenizer, population, targets, **settings_for())
+        assert words in capsys.readouterr().out
+        for name, f in expected.items():
+            for key in ("A", "G", "A_coupled", "G_coupled"):
+                assert relative(getattr(found[name], key), getattr(f, key)) < 1e-6
+
+
+def test_owners_share_out_the_bytes_and_keep_shared_inputs_together(make_model, monkeypatch):
+    targets = select_targets(make_model("llama", num_hidden_layers=6), ["mlp", "attention"])
+    monkeypatch.setattr(factors_module, "world", lambda: 3)
+    owners = factors_module.owners_of(targets)
+    assert set(owners) == {t.name for t in targets}
+    by_group: dict = {}
+    for t in targets:
+        by_group.setdefault((t.layer, t.input_group), set()).add(owners[t.name])
+    assert all(len(where) == 1 for where in by_group.values())
+    loads = [factor_bytes([t for t in targets if owners[t.name] == k]) for k in range(3)]
+    assert sum(loads) == factor_bytes(targets)
+    assert max(loads) < 1.2 * min(loads)
+
+
+def test_a_missing_part_is_named(tiny_llama, tokenizer, population, tmp_path):
+    targets = select_targets(tiny_llama)
+    found = collect_factors(tiny_llama, tokenizer, population, targets, **settings_for())
+    half = dict(list(found.items())[:3])
+    path = tmp_path / "odd [name].safetensors"
+    save_factors(factors_module.part_of(path, 0, 2), half, {})
+    with pytest.raises(ValueError, match=r"2-of-2\.safetensors: no such file"):
+        load_factors(path)
+    rest = dict(list(found.items())[3:])
+    save_factors(factors_module.part_of(path, 1, 2), rest, {})
+    loaded, _ = load_factors(path, targets)
+    for name, f in found.items():
+        assert torch.equal(loaded[name].A, f.A)
 
 
 def test_saved_factors_come_back_and_share(tiny_llama, tokenizer, population, tmp_path):
