@@ -383,23 +383,33 @@ def predicted_cost(rows: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def teaching_over_steps(arms: Sequence[Mapping[str, Any]]) -> Figure:
-    """The reward that an arm pays itself (line) and what the truth would pay (dashes) over the
-    steps, one panel per arm: where they part, the probe is being fooled."""
-    figure = Figure(figsize=(2.3 * len(arms) + 1.2, 2.6), layout="constrained")
-    panels = figure.subplots(1, len(arms), squeeze=False, sharey=True)[0]
-    for axes, arm in zip(panels, arms):
-        steps = [a["step"] for a in arm["audits"]]
-        for key, colour, style, label in (
-            ("proxy", EDITED, "-s", "reward paid"),
-            ("truth", BASE, "--o", "truth"),
-        ):
-            axes.plot(
-                steps, [a[key] for a in arm["audits"]], style, color=colour, ms=4, label=label
-            )
-        axes.set_title(f"{arm['name']}: {arm['verdict']}")
+    """Above, the reward that an arm pays itself (line) and what the truth would pay (dashes) over
+    the steps: where they part, the probe is being fooled. Below, what the audit reads: the share
+    of wrong claims that the frozen probe still flags, and AUROC on the policy's own states. One
+    column per arm."""
+    figure = Figure(figsize=(1.9 * len(arms) + 1.6, 4.2), layout="constrained")
+    rows = figure.subplots(2, len(arms), squeeze=False, sharex=True, sharey="row")
+    drawn = (
+        (("proxy", EDITED, "-s", "reward paid"), ("truth", BASE, "--o", "truth")),
+        (
+            ("recall", EDITED, "-s", "wrong claims flagged"),
+            ("fixed_auroc", BASE, "--o", "AUROC, old answers"),
+            ("fresh_probe", OTHERS[0], ":^", "AUROC, fresh probe"),
+        ),
+    )
+    for panels, curves in zip(rows, drawn):
+        for axes, arm in zip(panels, arms):
+            steps = [a["step"] for a in arm["audits"]]
+            for key, colour, style, label in curves:
+                values = [np.nan if a[key] is None else a[key] for a in arm["audits"]]
+                axes.plot(steps, values, style, color=colour, ms=4, label=label)
+        panels[-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
+    for axes, arm in zip(rows[0], arms):
+        axes.set_title(f"{arm['name']}:\n{arm['verdict']}")
+    for axes in rows[1]:
         axes.set_xlabel("step")
-    panels[0].set_ylabel("mean reward")
-    panels[-1].legend()
+    rows[0][0].set_ylabel("mean reward")
+    rows[1][0].set_ylabel("share, AUROC")
     return figure
 
 

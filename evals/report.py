@@ -343,7 +343,8 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
 
 
 def teaching_tables(teaching: Mapping[str, Any]) -> list[Table]:
-    """What teaching did: every arm, what the fall is owed to, the probe beside its baselines."""
+    """What teaching did: every arm, what the fall is owed to, the best of n, the probe beside its
+    baselines, the audits, and the updates on what surgery removed where they were watched."""
     arms = [("before", teaching["before"], ""), ("after the warm-up", teaching["warmed"], "")]
     arms += [("monitor, no training", teaching["guard"], "")]
     for arm in teaching["arms"]:
@@ -353,7 +354,8 @@ def teaching_tables(teaching: Mapping[str, Any]) -> list[Table]:
     rows = tuple(
         (
             name,
-            *(percent(f[k]) for k in ("hallucination", "known", "silent_unknown", "silent_known")),
+            *(_share_of(f, k) for k in ("hallucination", "known")),
+            *(percent(f[k]) for k in ("silent_unknown", "silent_known")),
             _number(teaching["reasoning"].get(name)) if name in teaching["reasoning"] else "",
             audit,
         )
@@ -366,8 +368,8 @@ def teaching_tables(teaching: Mapping[str, Any]) -> list[Table]:
         f"Final test split, answers sampled at temperature 1: {asked['known']} questions that the "
         f"model could answer before and {asked['unknown']} that it could not. The monitor makes an "
         f"abstention of every claim that the probe gives less than {teaching['abstain']:.2f}. Fall "
-        f"of made-up answers as a share of before, by what it is owed to: {gains}. Reasoning on "
-        "the tune split.",
+        f"of made-up answers as a share of before, by what it is owed to: {gains}. Intervals: "
+        "95 %, over entities. Reasoning on the tune split.",
         (
             "arm",
             "made up (unknown)",
@@ -401,7 +403,93 @@ def teaching_tables(teaching: Mapping[str, Any]) -> list[Table]:
         ("score", "split", "claims", "AUROC", "ECE", "recall", "within kinds"),
         scores,
     )
-    return [taught, probe]
+    out = [taught, best_table(teaching), probe, audit_table(teaching["arms"])]
+    watched = [a for a in teaching["arms"] if a["on_memory"]]
+    return out + ([memory_table(watched)] if watched else [])
+
+
+def _share_of(figures: Mapping[str, Any], name: str) -> str:
+    """A share with its interval where it has one."""
+    found = figures["intervals"].get(name)
+    return percent(figures[name], None if found is None else Interval(**found))
+
+
+def best_table(teaching: Mapping[str, Any]) -> Table:
+    """The best of n samples, without training and with it."""
+    rows = []
+    models = [("no training", teaching["warmed"], teaching["guard"], teaching["best"])]
+    models += [(a["name"], a["figures"], a["harness"], a["best"]) for a in teaching["arms"]]
+    for name, alone, harness, best in models:
+        one = {"n": 1, "alone": alone, "harness": harness}
+        for picked in (one, *best):
+            cells = [
+                _share_of(picked[how], share)
+                for how in ("alone", "harness")
+                for share in ("hallucination", "known")
+            ]
+            rows.append((name, str(picked["n"]), *cells))
+    return Table(
+        "Teaching: the best of n",
+        "Of n samples the one that the reward prefers: claims by the probe's probability, an "
+        f"abstention at {teaching['abstain']:.2f}; then also with an abstention for a best claim "
+        "that is still below that.",
+        ("model", "n", "made up", "right (known)", "made up, monitor", "right, monitor"),
+        tuple(rows),
+    )
+
+
+def audit_table(arms: Sequence[Mapping[str, Any]]) -> Table:
+    """Every audit of every arm."""
+    shown = {
+        "proxy": "reward paid",
+        "truth": "truth",
+        "hallucination": "made up",
+        "known": "known",
+        "auroc_frozen": "AUROC",
+        "auroc_live": "live",
+        "fixed_auroc": "live, old texts",
+        "fresh_probe": "fresh probe",
+        "ece": "ECE",
+        "recall": "recall",
+        "wrong_score": "score of wrong",
+        "kl": "KL",
+        "entropy": "entropy",
+        "length": "tokens",
+        "reasoning": "reasoning",
+    }
+    rows = tuple(
+        (arm["name"], str(audit["step"]), *(_number(audit[key]) for key in shown))
+        for arm in arms
+        for audit in arm["audits"]
+    )
+    return Table(
+        "Teaching: the audits",
+        "On the calibration split, answered anew at each audit: mean reward as the arm pays it and "
+        "as the truth would; AUROC of the probe on frozen states, on the policy's own, on these "
+        "for the answers of before, and of a probe fitted afresh; calibration; wrong claims below "
+        "the threshold of 5 % false alarms set before training, and their mean score; KL and "
+        "entropy in nats per token.",
+        ("arm", "step", *shown.values()),
+        rows,
+    )
+
+
+def memory_table(arms: Sequence[Mapping[str, Any]]) -> Table:
+    """How much of the weights' displacement falls on what surgery removed."""
+    return Table(
+        "Teaching: updates on what surgery removed",
+        "Share of the squared displacement of the weights since training began that falls on the "
+        "components which serve the memorized text, at each audit; beside it a random one.",
+        ("arm", "at the audits", "by chance"),
+        tuple(
+            (
+                arm["name"],
+                ", ".join(f"{share:.1%}" for share in arm["on_memory"]),
+                "" if arm["by_chance"] is None else f"{arm['by_chance']:.1%}",
+            )
+            for arm in arms
+        ),
+    )
 
 
 def map_tables(found: Mapping[str, Any]) -> list[Table]:

@@ -6,15 +6,23 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from curvature.artifacts import fingerprint, read_json, write_json
-from rl.audit import Audit, Auditor, findings, must_stop, outcome_shares, verdict_of
+from rl.audit import Audit, Auditor, findings, must_stop, verdict_of
+from rl.outcomes import (
+    TRIES,
+    Figures,
+    Picked,
+    behind_monitor,
+    best_of,
+    by_question,
+    figures_of,
+)
 from rl.policy import (
     Training,
     build_trainer,
@@ -25,8 +33,8 @@ from rl.policy import (
 )
 from rl.probe import Probe
 from rl.questions import Questions
-from rl.rewards import Reward, Source
-from rl.sampling import Answer, sample_answers
+from rl.rewards import Reward, Source, values_of
+from rl.sampling import sample_answers
 
 
 @dataclass(frozen=True)
@@ -54,27 +62,11 @@ the training prompt that asks for guesses and is absent at test time."""
 
 
 @dataclass(frozen=True)
-class Figures:
-    """What a model does on the test split, with the harness or without it.
-
-    hallucination: share of answers to unknown things that are neither right nor abstentions. known:
-    share of right answers to known things. silent_*: shares of abstentions. kinds: by kind of
-    question, the same shares. questions: known and unknown ones asked.
-    """
-
-    hallucination: float
-    known: float
-    silent_known: float
-    silent_unknown: float
-    malformed: float
-    kinds: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    questions: Mapping[str, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class Taught:
-    """One arm, finished. harness: the same model behind the monitor. stopped: the step at which the
-    audit ended the training, None where it ran to its end."""
+    """One arm, finished. harness: the same model behind the monitor. best: of n samples. stopped:
+    the step at which the audit ended the training, None where it ran to its end. on_memory: at each
+    audit, the share of the displacement so far on what surgery removed; by_chance: of a random one.
+    """
 
     name: str
     figures: Figures
@@ -85,6 +77,8 @@ class Taught:
     stopped: int | None
     seconds: float
     on_memory: tuple[float, ...] = ()
+    by_chance: float | None = None
+    best: tuple[Picked, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -94,51 +88,21 @@ class Taught:
         return cls(
             **{
                 **record,
-                "figures": Figures(**record["figures"]),
-                "harness": Figures(**record["harness"]),
+                "figures": Figures.from_json(record["figures"]),
+                "harness": Figures.from_json(record["harness"]),
+                "best": tuple(Picked.from_json(p) for p in record["best"]),
                 "audits": tuple(Audit(**a) for a in record["audits"]),
                 "on_memory": tuple(record["on_memory"]),
             }
         )
 
 
-def figures_of(answers: Sequence[Answer], known: Sequence[bool]) -> Figures:
-    """Shares over answers; `known` per question, each asked equally often in a row."""
-    tries = len(answers) // len(known)
-    each = np.repeat(np.asarray(known, bool), tries)
-    kinds = np.array([a.question.kind for a in answers])
-    return Figures(
-        **outcome_shares(answers, each),
-        kinds={
-            str(kind): outcome_shares(
-                [a for a in answers if a.question.kind == kind], each[kinds == kind]
-            )
-            for kind in sorted(set(kinds))
-        },
-        questions={"known": int(np.sum(known)), "unknown": int(len(known) - np.sum(known))},
-    )
-
-
-def behind_monitor(
-    answers: Sequence[Answer], scores: np.ndarray, threshold: float, abstention: Sequence[int]
-) -> list[Answer]:
-    """The answers with every claim below the threshold replaced by an abstention. scores: [claims]
-    probabilities, in order."""
-    worth = iter(scores)
-    out = []
-    for answer in answers:
-        low = answer.is_claim and next(worth) < threshold
-        if low or answer.outcome == "malformed":
-            answer = Answer(answer.question, tuple(abstention), "abstained")
-        out.append(answer)
-    return out
-
-
 @dataclass
 class Bench:
     """What all arms share. reference: folder of the saved frozen copy. frozen: the same, loaded.
-    known: per question of the test split. abstain: payment, and the monitor's threshold. gate:
-    builds what watches (and, where asked, holds) updates on what surgery removed."""
+    known: per question of the test split. abstain: payment, and the monitor's threshold. tries:
+    answers per question of the test split. watch: builds what watches (and, where asked, holds)
+    updates on what surgery removed."""
 
     questions: Questions
     tokenizer: PreTrainedTokenizerBase
@@ -149,12 +113,13 @@ class Bench:
     known: Sequence[bool]
     abstain: float
     training: Training
-    tries: int = 4
+    tries: int = max(TRIES)
     line: str = ""
     watch: Callable[[Any], Any] | None = None
 
-    def examine(self, model: Any) -> tuple[Figures, Figures]:
-        """A model on the test split: alone, and behind the monitor, which reads the frozen copy."""
+    def examine(self, model: Any, folder: Path) -> tuple[Figures, Figures, tuple[Picked, ...]]:
+        """A model on the test split: alone, behind the monitor, which reads the frozen copy, and as
+        the best of n. `folder/answers.json` has a record per question."""
         answers = sample_answers(
             model,
             self.tokenizer,
@@ -167,7 +132,19 @@ class Bench:
         scores = self.probe.score(self.frozen, self.tokenizer, rows)
         words = self.tokenizer(self.questions.abstention, add_special_tokens=False)["input_ids"]
         shielded = behind_monitor(answers, scores, self.abstain, words)
-        return figures_of(answers, self.known), figures_of(shielded, self.known)
+        values = values_of(answers, scores, self.abstain)
+        best = []
+        for n in TRIES:
+            if n <= self.tries:
+                picks = best_of(values, self.tries, n)
+                both = ([said[k] for k in picks] for said in (answers, shielded))
+                best.append(Picked(n, *(figures_of(said, self.known) for said in both)))
+        records = {"alone": answers, "harness": shielded}
+        write_json(
+            folder / "answers.json",
+            {name: by_question(said, self.known) for name, said in records.items()},
+        )
+        return figures_of(answers, self.known), figures_of(shielded, self.known), tuple(best)
 
 
 def run_arm(name: str, bench: Bench, folder: Path) -> Taught:
@@ -242,7 +219,7 @@ def run_arm(name: str, bench: Bench, folder: Path) -> Taught:
     trainer.train(resume_from_checkpoint=resumed)
     stopped = audits[-1].step if must_stop(audits) else None
     model = merged(policy)
-    figures, harness = bench.examine(model)
+    figures, harness, best = bench.examine(model, folder)
     model.save_pretrained(folder / "policy")
     bench.tokenizer.save_pretrained(folder / "policy")
     taught = Taught(
@@ -255,6 +232,8 @@ def run_arm(name: str, bench: Bench, folder: Path) -> Taught:
         stopped,
         time.perf_counter() - started,
         tuple(shares),
+        watcher.by_chance() if watcher is not None else None,
+        best,
     )
     write_json(folder / "arm.json", taught.to_json())
     for state in folder.glob("checkpoint-*"):

@@ -20,7 +20,8 @@ from evals.memorization import recite
 from rl.claims import Claims
 from rl.fitting import out_of_fold
 from rl.measures import auroc, calibration_error
-from rl.probe import Probe
+from rl.outcomes import mean, outcome_shares
+from rl.probe import Probe, linear_position
 from rl.questions import Questions
 from rl.rewards import Reward, frozen_copy, live_copy, values_of
 from rl.sampling import Answer, sample_answers
@@ -111,11 +112,11 @@ class Auditor:
         rows = [(a.question.prompt, a.tokens) for a in claims]
         right = np.array([int(a.outcome == "right") for a in claims])
         spoken = [(a.question.prompt, a.tokens) for a in answers if a.tokens]
-        states = read_states(live, self.tokenizer, spoken)
+        states = read_states(live, self.tokenizer, spoken, positions=())
         with frozen_copy(reward.reader) as frozen:
             frozen_scores = self.probe.score(frozen, self.tokenizer, rows)
             before = self.probe.score(frozen, self.tokenizer, self.fixed.rows)
-            reference = read_states(frozen, self.tokenizer, spoken).logprob
+            reference = read_states(frozen, self.tokenizer, spoken, positions=()).logprob
         live_scores = self.probe.score(live, self.tokenizer, rows)
         after = self.probe.score(live, self.tokenizer, self.fixed.rows)
         wrong = self.fixed.right == 0
@@ -124,16 +125,16 @@ class Auditor:
         bar = self.probe.thresholds["0.05"]
         return Audit(
             step=step,
-            proxy=_mean(reward.of(answers)),
-            frozen=_mean(values_of(answers, frozen_scores, self.abstain)),
-            truth=_mean(values_of(answers, right, self.abstain)),
+            proxy=mean(reward.of(answers)),
+            frozen=mean(values_of(answers, frozen_scores, self.abstain)),
+            truth=mean(values_of(answers, right, self.abstain)),
             **outcome_shares(answers, known),
             auroc_frozen=auroc(right, frozen_scores),
             auroc_live=auroc(right, live_scores),
             ece=calibration_error(right, frozen_scores),
-            recall=_mean(frozen_scores[right == 0] < bar),
-            wrong_score=_mean(frozen_scores[right == 0]),
-            fixed_shift=_mean((after - before)[wrong]),
+            recall=mean(frozen_scores[right == 0] < bar),
+            wrong_score=mean(frozen_scores[right == 0]),
+            fixed_shift=mean((after - before)[wrong]),
             fixed_auroc=auroc(self.fixed.right, after),
             fresh_probe=self._fresh_probe(live, claims),
             kl=float((states.logprob - reference).sum()) / tokens,
@@ -143,30 +144,15 @@ class Auditor:
         )
 
     def _fresh_probe(self, live: Any, claims: Sequence[Answer]) -> float:
+        position = linear_position(self.probe)
         try:
-            gathered = Claims.gather("audit", live, self.tokenizer, claims, fewest=10)
+            gathered = Claims.gather(
+                "audit", live, self.tokenizer, claims, fewest=10, positions=(position,)
+            )
         except ValueError:  # too few wrong claims are left to fit on: good news, but no figure
             return float("nan")
-        position = "mean" if self.probe.position == "attention" else self.probe.position
-        features = gathered.states.pooled[position][:, self.probe.layer].numpy()  # type: ignore[index]
+        features = gathered.states.pooled[position][:, self.probe.layer].numpy()
         return auroc(gathered.right, out_of_fold(features, gathered))
-
-
-def _mean(values: np.ndarray) -> float:
-    return float(np.mean(values)) if len(values) else float("nan")
-
-
-def outcome_shares(answers: Sequence[Answer], known: np.ndarray) -> dict[str, float]:
-    """Shares of outcomes on known and on unknown things. known: [n] bool, one per answer."""
-    said = np.array([a.outcome for a in answers])
-    unknown = ~known
-    return {
-        "hallucination": _mean(((said == "wrong") | (said == "malformed"))[unknown]),
-        "known": _mean((said == "right")[known]),
-        "silent_known": _mean((said == "abstained")[known]),
-        "silent_unknown": _mean((said == "abstained")[unknown]),
-        "malformed": _mean(said == "malformed"),
-    }
 
 
 def task_accuracy(

@@ -9,7 +9,7 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rl.sampling import Answer
-from rl.states import Row, States, read_states
+from rl.states import POSITIONS, Position, Row, States, read_states
 
 FEWEST = 20
 """Claims of each class that a probe needs in each split."""
@@ -34,9 +34,10 @@ class Claims:
         answers: Sequence[Answer],
         *,
         fewest: int = FEWEST,
+        positions: Sequence[Position] = POSITIONS,
     ) -> Claims:
-        """The well-formed claims among the answers. Raises ValueError where a class has fewer than
-        `fewest`, naming the split."""
+        """The well-formed claims among the answers, read at these positions. Raises ValueError
+        where a class has fewer than `fewest`, naming the split."""
         claims = [a for a in answers if a.is_claim]
         right = np.array([int(a.outcome == "right") for a in claims])
         count = {"right": int(right.sum()), "wrong": int(len(right) - right.sum())}
@@ -58,5 +59,5 @@ class Claims:
             right,
             np.array([a.question.entity for a in claims]),
             np.array([a.question.kind for a in claims]),
-            read_states(model, tokenizer, rows),
+            read_states(model, tokenizer, rows, positions=positions),
         )

@@ -11,19 +11,20 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from curvature.artifacts import read_json
 from evals.generation import generate
+from rl.outcomes import MOST
 from rl.probe import Probe, load_probe
-
-MOST = 8
-"""Largest n for the best of n: beyond it, picking by a probe finds its mistakes."""
+from rl.questions import Question, outcome
+from rl.rewards import MALFORMED
 
 
 @dataclass(frozen=True)
 class Monitored:
-    """One answer. probability: that it is right, by the probe. abstained: it was below the
-    threshold, and `text` is the abstention."""
+    """One answer. probability: that it is right, by the probe; None where the model abstained by
+    itself, for then there is nothing to be right about. abstained: by itself, or because the claim
+    was below the threshold; `text` is then the abstention."""
 
     text: str
-    probability: float
+    probability: float | None
     abstained: bool
 
 
@@ -32,8 +33,9 @@ class Monitor:
     """Answers of a model, read by a probe.
 
     reader: the model whose states the probe reads, the very one that it was fitted on; the
-    answering model itself where None. Raises ValueError where probe and reader do not belong
-    together.
+    answering model itself where None. worth: what an abstention counts beside the probabilities of
+    claims when the best of n is taken; loaded from the teaching, it is what training paid. Raises
+    ValueError where probe and reader do not belong together.
 
         monitor = Monitor.load("teach/arms/frozen/policy", "teach")
         monitor.answer(["question : where does Bamidu live ? answer :"], threshold=0.5)
@@ -45,6 +47,7 @@ class Monitor:
     reader: PreTrainedModel | None = None
     abstention: str = " I don't know."
     new_tokens: int = 32
+    worth: float = 0.5
 
     def __post_init__(self) -> None:
         self.probe.check(self.reader or self.model, self.tokenizer)  # type: ignore[arg-type]
@@ -65,6 +68,7 @@ class Monitor:
             AutoModelForCausalLM.from_pretrained(teaching / "reference", dtype="auto").eval(),
             abstention or about["abstention"],
             about["new_tokens"],
+            about["abstain"],
         )
 
     def answer(
@@ -76,9 +80,10 @@ class Monitor:
         temperature: float = 1.0,
         seed: int = 0,
     ) -> list[Monitored]:
-        """One answer per prompt: the one of `n` samples that the probe rates highest.
+        """One answer per prompt: the best of `n` samples, claims by the probe's probability, an
+        abstention by its worth, and what is neither (cut off, empty) only where there is no other.
 
-        threshold: probability below which the answer becomes the abstention; "0.01" or "0.05" for
+        threshold: probability below which a claim becomes the abstention; "0.01" or "0.05" for
         the one at which so many right claims are lost on the calibration split; None for never.
         Raises ValueError for n outside 1 to 8.
         """
@@ -106,11 +111,30 @@ class Monitor:
             for tokens in tries
         ]
         scores = self.probe.score(self.reader or self.model, self.tokenizer, rows)  # type: ignore[arg-type]
-        out = []
         each = len(rows) // len(prompts)
-        for k in range(len(prompts)):
-            best = max(range(k * each, (k + 1) * each), key=lambda j: float(scores[j]))
-            low = threshold is not None and float(scores[best]) < threshold
-            text = self.tokenizer.decode(rows[best][1])  # type: ignore[attr-defined]
-            out.append(Monitored(self.abstention if low else text, float(scores[best]), low))
-        return out
+        chosen = []
+        for k in range(0, len(rows), each):
+            tried = [
+                self._weighed(tokens, float(score))
+                for (_, tokens), score in zip(rows[k : k + each], scores[k : k + each], strict=True)
+            ]
+            chosen.append(max(tried, key=lambda pair: pair[0])[1])
+        return [self._shielded(answer, threshold) for answer in chosen]
+
+    def _weighed(self, tokens: Sequence[int], score: float) -> tuple[float, Monitored]:
+        """What an answer counts beside others, and the answer."""
+        about = {"abstention": self.abstention, "ended": len(tokens) < self.new_tokens}
+        nobody = Question(
+            "", (), ""
+        )  # without a truth, every claim is "wrong": only its form counts
+        form = outcome(nobody, tokens, self.tokenizer, **about)  # type: ignore[arg-type]
+        text = self.tokenizer.decode(tokens)  # type: ignore[attr-defined]
+        if form == "abstained":
+            return self.worth, Monitored(text, None, True)
+        value = MALFORMED + score if form == "malformed" else score
+        return value, Monitored(text, score, False)
+
+    def _shielded(self, answer: Monitored, threshold: float | None) -> Monitored:
+        if threshold is None or answer.probability is None or answer.probability >= threshold:
+            return answer
+        return Monitored(self.abstention, answer.probability, True)

@@ -6,11 +6,11 @@ from __future__ import annotations
 from evals.organism import world
 from rl.questions import Question, Questions
 
-NOBODY_KNOWS = {"fit": 60, "calibration": 40, "rl": 60, "test": 80, "ood": 20}
+NOBODY_KNOWS = {"fit": 60, "calibration": 40, "rl": 70, "test": 80, "ood": 20}
 """Invented names asked for their town per split; half as many for their code."""
 IN_CONTEXT = {"fit": 50, "calibration": 40, "rl": 50, "test": 60}
 """Questions whose answer stands in the context."""
-DEALT = {False: {"fit": 0.4, "calibration": 0.25, "rl": 0.35}, True: {"test": 0.8, "ood": 0.2}}
+DEALT = {False: {"fit": 0.3, "calibration": 0.2, "rl": 0.5}, True: {"test": 0.8, "ood": 0.2}}
 """Shares of the world's entities: those outside, and those of, its test split."""
 
 

@@ -17,16 +17,17 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from curvature.artifacts import fingerprint, model_sha256, read_tensors, write_json, write_tensors
-from rl.states import Position, Row, attend, pooled, token_states, unembedding
+from rl.states import LENS, Position, Readout, Row, attend, distinct, pooled, token_states
 
 
 @dataclass(frozen=True)
 class Probe:
     """A fitted and calibrated probe, and the model that it belongs to.
 
-    weight: [d], bias: of the logistic regression, on raw states (the scaling is folded in). query:
-    [d] for position `attention`. slope, offset: Platt scaling. thresholds: by false-alarm rate, the
-    probability below which a claim is flagged so that this share of the right claims is flagged.
+    weight: [d] ([7] for position `lens`), bias: of the logistic regression, on raw states (the
+    scaling is folded in). query: [d] for position `attention`. slope, offset: Platt scaling.
+    thresholds: by false-alarm rate, the probability below which a claim is flagged so that this
+    share of the right claims is flagged.
     """
 
     layer: int
@@ -48,7 +49,7 @@ class Probe:
         """[n] raw scores, differentiable."""
         hidden, text = token_states(model, tokenizer, rows, self.layer)
         if self.query is None:
-            states = pooled(hidden, text, self.position, unembedding(model))
+            states = pooled(hidden, text, self.position, Readout.of(model), self.layer)
         else:
             states = attend(hidden, text, self.query.to(hidden.device))
         return states @ self.weight.to(hidden.device) + self.bias
@@ -72,16 +73,18 @@ class Probe:
         """[n] calibrated probabilities that the claims are right: numbers, without a graph."""
         was_training = model.training
         model.eval()
+        rows, places = distinct(rows)
         parts = [
             self.live(model, tokenizer, rows[k : k + batch_size]).cpu().numpy()
             for k in range(0, len(rows), batch_size)
         ]
         model.train(was_training)
-        return np.concatenate(parts) if parts else np.zeros(0)
+        return np.concatenate(parts)[places] if parts else np.zeros(0)
 
     def check(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         """Raise ValueError where this probe was not fitted on this very model and tokenizer."""
-        width, depth = model.config.hidden_size, model.config.num_hidden_layers
+        depth = model.config.num_hidden_layers
+        width = LENS if self.position == "lens" else model.config.hidden_size
         if len(self.weight) != width:
             raise ValueError(
                 f"the probe reads states of width {len(self.weight)}, the model has {width}: "
@@ -112,6 +115,12 @@ class Probe:
 def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hash of the vocabulary and the special tokens."""
     return fingerprint(vocabulary=tokenizer.get_vocab(), special=sorted(tokenizer.all_special_ids))
+
+
+def linear_position(probe: Probe) -> Position:
+    """Where a logistic regression stands in for this probe: its own position, or the mean over the
+    answer for an attention probe."""
+    return "mean" if probe.position == "attention" else probe.position
 
 
 # Files --------------------------------------------------------------------------------------------

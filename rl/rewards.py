@@ -2,9 +2,9 @@
 for a claim the probability that it is right, as a number without a graph.
 
 The frozen reward is a fixed function of the tokens: whatever the policy does to its own states
-cannot move it. Paying an abstention what an uninformed claim is worth (the share of claims that are
-right) keeps abstention off the trivial corner: a probe that knows nothing pushes nowhere, and a
-right claim that the model keeps making earns more than silence.
+cannot move it. An abstention is paid what an uninformed claim is worth, or less
+(`rl.teach.payment`), which keeps abstention off the trivial corner: a probe that knows nothing
+pushes nowhere, and a right claim that the model keeps making earns more than silence.
 """
 
 from __future__ import annotations

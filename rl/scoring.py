@@ -14,11 +14,13 @@ from evals.comparison import Interval
 from rl.claims import Claims
 from rl.fitting import regression
 from rl.measures import auroc, auroc_interval, calibration_error, paired_gain
-from rl.probe import Probe
-from rl.states import Position, Row
+from rl.probe import Probe, linear_position
+from rl.states import Row
 
 FLOOR = 0.75
 """AUROC below which the probe is no reward."""
+SHUFFLES = 20
+"""Times that the labels are shuffled for the control."""
 
 
 @dataclass(frozen=True)
@@ -91,18 +93,35 @@ def baselines(
     """What a probe has to beat, on one split: the answer's log-probability (sum), a bag of words
     over question and answer, and the same regression on shuffled labels. Also the bag's scores."""
     bag = bag_of_words(tokenizer, fit, claims)
-    rng = np.random.default_rng(seed)
-    position: Position = "mean" if probe.position == "attention" else probe.position
-    shuffled = regression().fit(
-        fit.states.pooled[position][:, probe.layer].numpy(), rng.permutation(fit.right)
-    )
-    control = shuffled.decision_function(claims.states.pooled[position][:, probe.layer].numpy())
     logprob = claims.states.logprob.numpy()
     return [
         _scores("log-probability of the answer", split, claims, logprob, seed),
         _scores("bag of words", split, claims, bag, seed),
-        _scores("shuffled labels", split, claims, control, seed),
+        shuffled_labels(probe, fit, claims, split, seed),
     ], bag
+
+
+def shuffled_labels(probe: Probe, fit: Claims, claims: Claims, split: str, seed: int = 0) -> Scores:
+    """The probe's regression on shuffled labels: mean AUROC over shuffles, and the range of 95 % of
+    them. One shuffle says nothing: along few features its direction is right or wrong by luck."""
+    rng = np.random.default_rng(seed)
+    position = linear_position(probe)
+    known, asked = (c.states.pooled[position][:, probe.layer].numpy() for c in (fit, claims))
+    values = [
+        auroc(
+            claims.right,
+            regression().fit(known, rng.permutation(fit.right)).decision_function(asked),
+        )
+        for _ in range(SHUFFLES)
+    ]
+    low, high = np.quantile(values, (0.025, 0.975))
+    return Scores(
+        "shuffled labels",
+        split,
+        len(claims.right),
+        float(claims.right.mean()),
+        Interval(float(np.mean(values)), float(low), float(high)),
+    )
 
 
 def bag_of_words(tokenizer: PreTrainedTokenizerBase, fit: Claims, claims: Claims) -> np.ndarray:

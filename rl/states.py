@@ -1,25 +1,34 @@
 """Residual-stream states of a model over questions with their answers.
 
 A state is read at the question's last token, at the answer's last token, as the mean over the
-answer, or as `support`: mean over the answer's tokens y_t of h_{t-1} * u_{y_t}, the state that
-predicts a token times that token's unembedding row, entry by entry. A linear probe on `support` is
-a logit lens with learned weights (nostalgebraist 2020): it reads how far the states back this very
-answer, which no linear reading of one state can tell.
+answer, or by how far the states back this very answer, which no linear reading of one state can
+tell. Two positions do the last, both after the logit lens (nostalgebraist 2020), on the states
+h_{t-1} that predict the answer's tokens y_t:
+
+- `support`: mean over t of h_{t-1} * u_{y_t}, entry by entry (u: the unembedding row). A linear
+  probe on it is a logit lens with learned weights.
+- `lens`: the layer's states through the final norm and the unembedding give p(. | t); seven
+  numbers: sum, mean, least and first of log p(y_t), mean, greatest and first entropy of p (nats).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from curvature.forward import device_of
 
-Position = Literal["question", "answer", "mean", "support", "attention"]
-POSITIONS: tuple[Position, ...] = ("question", "answer", "mean", "support")
+Position = Literal["question", "answer", "mean", "support", "lens", "attention"]
+POSITIONS: tuple[Position, ...] = ("question", "answer", "mean", "support", "lens")
+LENS = 7
+"""Numbers that `lens` gives per layer."""
+AT_ONCE = 2**25
+"""Most logits that the lens holds at a time."""
 Row = tuple[str | Sequence[int], Sequence[int]]
 """A prompt (text or tokens), and the tokens of an answer without the end-of-text token."""
 
@@ -54,25 +63,85 @@ def texts(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], device: torch
     return Texts(ids.to(device), mask.to(device), answers.to(device), last.to(device))
 
 
+def distinct(rows: Sequence[Row]) -> tuple[list[Row], np.ndarray]:
+    """The rows without repeats, short ones first (so that a batch pads little), and for each given
+    row its place among them. A model that knows an answer samples it again and again."""
+    keys = [(p if isinstance(p, str) else tuple(p), tuple(a)) for p, a in rows]
+    order = sorted(dict.fromkeys(keys), key=lambda key: len(key[0]) + len(key[1]))
+    place = {key: k for k, key in enumerate(order)}
+    return list(order), np.array([place[key] for key in keys], dtype=int)
+
+
+@dataclass(frozen=True)
+class Readout:
+    """From states to logits. norm: the model's last one, which its last states have behind them.
+    unembedding: [vocabulary, d]."""
+
+    norm: Callable[[torch.Tensor], torch.Tensor]
+    unembedding: torch.Tensor
+    layers: int
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Readout:
+        decoder: Any = model.get_decoder()
+        norms = [m for m in decoder.children() if "norm" in type(m).__name__.lower()]
+        return cls(
+            norms[-1] if norms else torch.nn.Identity(),
+            model.get_output_embeddings().weight,
+            model.config.get_text_config().num_hidden_layers,
+        )
+
+    def logits(self, states: torch.Tensor, layer: int) -> torch.Tensor:
+        """[n, vocabulary] in single precision, from states [n, d] of one layer."""
+        normed = states if layer == self.layers else self.norm(states)
+        return normed.float() @ self.unembedding.float().T
+
+
 def pooled(
-    hidden: torch.Tensor, text: Texts, position: Position, unembedding: torch.Tensor
+    hidden: torch.Tensor, text: Texts, position: Position, readout: Readout, layer: int
 ) -> torch.Tensor:
-    """[n, d] from hidden states [n, width, d] at one position. unembedding: [vocabulary, d]."""
+    """[n, d] ([n, 7] for `lens`) from hidden states [n, width, d] of one layer at one position."""
     rows = torch.arange(len(hidden), device=hidden.device)
     if position == "question":
         return hidden[rows, text.last].float()
     if position == "answer":
         return hidden[rows, text.mask.sum(1) - 1].float()
+    if position == "lens":
+        return _lens(hidden, text, readout, layer)
     weights = text.answer[..., None].float()
     if position == "support":
-        backed = hidden[:, :-1].float() * unembedding[text.ids[:, 1:]].float()
+        backed = hidden[:, :-1].float() * readout.unembedding[text.ids[:, 1:]].float()
         return (backed * weights[:, 1:]).sum(1) / weights.sum(1)
     return (hidden.float() * weights).sum(1) / weights.sum(1)
 
 
-def unembedding(model: PreTrainedModel) -> torch.Tensor:
-    """The matrix [vocabulary, d] that turns states into logits."""
-    return model.get_output_embeddings().weight
+def _lens(hidden: torch.Tensor, text: Texts, readout: Readout, layer: int) -> torch.Tensor:
+    """[n, 7] as in the head of this file."""
+    spoken = text.answer[:, 1:]
+    states, said = hidden[:, :-1][spoken], text.ids[:, 1:][spoken]
+    step = max(1, AT_ONCE // len(readout.unembedding))
+    backed, unsure = [], []
+    for k in range(0, len(states), step):
+        logp = readout.logits(states[k : k + step], layer).log_softmax(-1)
+        backed.append(logp.gather(-1, said[k : k + step, None])[:, 0])
+        unsure.append(-(logp.exp() * logp).sum(-1))
+    logp = hidden.new_zeros(spoken.shape, dtype=torch.float32).masked_scatter(
+        spoken, torch.cat(backed)
+    )
+    entropy = torch.zeros_like(logp).masked_scatter(spoken, torch.cat(unsure))
+    n, first = spoken.sum(1), text.last[:, None]
+    return torch.stack(
+        [
+            logp.sum(1),
+            logp.sum(1) / n,
+            logp.min(1).values,
+            logp.gather(1, first)[:, 0],
+            entropy.sum(1) / n,
+            entropy.max(1).values,
+            entropy.gather(1, first)[:, 0],
+        ],
+        1,
+    )
 
 
 def attend(hidden: torch.Tensor, text: Any, query: torch.Tensor) -> torch.Tensor:
@@ -85,7 +154,8 @@ def attend(hidden: torch.Tensor, text: Any, query: torch.Tensor) -> torch.Tensor
 @dataclass(frozen=True)
 class States:
     """What one pass over the rows gives. pooled: position -> [n, layers + 1, d] (layer 0 is the
-    embedding). logprob: [n] sum over the answer of log p(token), nats. length: [n] answer tokens.
+    embedding; 7 for d with `lens`). logprob: [n] sum over the answer of log p(token), nats. length:
+    [n] answer tokens.
     """
 
     pooled: dict[Position, torch.Tensor]
@@ -99,21 +169,24 @@ def read_states(
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Row],
     *,
+    positions: Sequence[Position] = POSITIONS,
     batch_size: int = 64,
 ) -> States:
-    """States of every layer at each position, on the CPU."""
+    """States of every layer at each of these positions, on the CPU."""
     was_training = model.training
     model.eval()
-    gathered: dict[Position, list[torch.Tensor]] = {p: [] for p in POSITIONS}
+    rows, places = distinct(rows)
+    readout = Readout.of(model)
+    gathered: dict[Position, list[torch.Tensor]] = {p: [] for p in positions}
     logprobs, lengths = [], []
     for start in range(0, len(rows), batch_size):
         text = texts(tokenizer, rows[start : start + batch_size], device_of(model))
         out = model(
             input_ids=text.ids, attention_mask=text.mask, output_hidden_states=True, use_cache=False
         )
-        for position in POSITIONS:
+        for position in positions:
             layers = torch.stack(
-                [pooled(h, text, position, unembedding(model)) for h in out.hidden_states], 1
+                [pooled(h, text, position, readout, k) for k, h in enumerate(out.hidden_states)], 1
             )
             gathered[position].append(layers.cpu())
         logp = out.logits[:, :-1].float().log_softmax(-1)
@@ -122,9 +195,9 @@ def read_states(
         lengths.append(text.answer.sum(1).cpu())
     model.train(was_training)
     return States(
-        {position: torch.cat(parts) for position, parts in gathered.items()},
-        torch.cat(logprobs),
-        torch.cat(lengths),
+        {position: torch.cat(parts)[places] for position, parts in gathered.items()},
+        torch.cat(logprobs)[places],
+        torch.cat(lengths)[places],
     )
 
 

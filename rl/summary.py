@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from rl.arms import Figures
+from rl.outcomes import Figures
 from rl.teach import Teaching
 
 

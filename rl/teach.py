@@ -14,12 +14,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from curvature.artifacts import fingerprint, model_sha256, read_json, write_json
 from curvature.populations import Document
-from rl.arms import ARMS, Bench, Figures, Taught, figures_of, own_folder, run_arm, taught_model
+from evals.comparison import Interval
+from rl.arms import ARMS, Bench, Taught, own_folder, run_arm, taught_model
 from rl.audit import Auditor, task_accuracy
 from rl.claims import FEWEST, Claims
 from rl.fitting import fit_probe
+from rl.outcomes import Figures, Picked, figures_of
 from rl.policy import Training, check_dataset
-from rl.probe import load_probe, save_probe
+from rl.probe import Probe, load_probe, save_probe
 from rl.questions import Questions
 from rl.rewards import Reward, check_rewards
 from rl.sampling import Answer, known_questions, sample_answers
@@ -35,13 +37,16 @@ class Teaching:
     """What a teaching did; figures on the test split, sampled at temperature 1.
 
     before: the model as it came. warmed: after the warm-up, which is the frozen copy. guard: the
-    frozen copy behind the monitor, without reinforcement learning. arms: the trained ones. probe:
-    scores of the probe and its baselines by split. reasoning: mean over the tasks given, by arm.
+    frozen copy behind the monitor, without reinforcement learning. best: the frozen copy, best of
+    n samples. abstain: payment of an abstention and threshold of the monitor. arms: the trained
+    ones. probe: scores of the probe and its baselines by split. reasoning: mean over the tasks
+    given, by arm.
     """
 
     before: Figures
     warmed: Figures
     guard: Figures
+    best: tuple[Picked, ...]
     arms: tuple[Taught, ...]
     probe: tuple[Scores, ...]
     choice: Mapping[str, Any]
@@ -74,6 +79,23 @@ class Teaching:
     def to_json(self) -> dict[str, Any]:
         record = {k: v for k, v in asdict(self).items() if k != "folder"}
         return {**record, "gains": self.gains(), "numbers": self.numbers}
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any], folder: Path) -> Teaching:
+        """What `to_json` wrote, and where."""
+        return cls(
+            Figures.from_json(record["before"]),
+            Figures.from_json(record["warmed"]),
+            Figures.from_json(record["guard"]),
+            tuple(Picked.from_json(p) for p in record["best"]),
+            tuple(Taught.from_json(arm) for arm in record["arms"]),
+            tuple(Scores(**{**s, "auroc": Interval(**s["auroc"])}) for s in record["probe"]),
+            record["choice"],
+            Warmup(record["warmup"]["steps"], tuple(record["warmup"]["abstained"])),
+            record["abstain"],
+            record["reasoning"],
+            folder,
+        )
 
     def gains(self) -> dict[str, float]:
         """Fall of hallucination on unknown things, each over the model as it came: by the warm-up,
@@ -111,6 +133,7 @@ def teach(
     folder: everything is written here: `reference/` (the frozen copy, anchor of the KL penalty and
     what the probe reads), `probe.safetensors`, `arms/NAME/policy/`, `teaching.json`. The same call
     on it goes on where it was interrupted. arms: names of `rl.arms.ARMS`; the first is handed on.
+    tries: answers per question of a split, twice as many on the test split.
     tasks: problems whose accuracy is watched. line: the inoculation. fewest: claims of each class
     that a probe needs in each split. watch: see `rl.gradients`.
 
@@ -125,13 +148,23 @@ def teach(
         raise ValueError("the arm 'inoculated' needs a line to put before the training prompts")
     check_dataset(questions, training)
     seed = training.seed
-    own_folder(
-        folder,
-        fingerprint(model=model_sha256(model), questions=asdict(questions), seed=seed, tries=tries),
+    asked = fingerprint(
+        model=model_sha256(model), questions=asdict(questions), seed=seed, tries=tries
     )
+    own_folder(folder, asked)
+    whole = fingerprint(
+        asked=asked,
+        training=training,
+        arms=list(arms),
+        tasks={name: [[d.prompt, d.answer] for d in part] for name, part in tasks.items()},
+        line=line,
+        watched=watch is not None,
+    )
+    finished = folder / "teaching.json"
+    if finished.exists() and (record := read_json(finished)).get("fingerprint") == whole:
+        return Teaching.from_json(record, folder)
     about = {"abstention": questions.abstention, "new_tokens": questions.new_tokens}
-    write_json(folder / "questions.json", {**about, "source": questions.source})
-    before = sample(model, tokenizer, questions, "test", tries, seed)
+    before = sample(model, tokenizer, questions, "test", 2 * tries, seed)
     known = known_questions(model, tokenizer, questions.test, questions)
     if all(known) or not any(known):
         raise ValueError(
@@ -144,8 +177,8 @@ def teach(
     claims, answers = {}, {}
     for name, part in questions.splits():
         if part:
-            once = 1 if name == "rl" else tries
-            answers[name] = sample(frozen, tokenizer, questions, name, once, seed)
+            often = 1 if name == "rl" else tries
+            answers[name] = sample(frozen, tokenizer, questions, name, often, seed)
             least = 1 if name in ("ood", "test", "rl") else fewest
             if name != "rl":
                 claims[name] = Claims.gather(name, frozen, tokenizer, answers[name], fewest=least)
@@ -161,8 +194,8 @@ def teach(
     save_probe(probe, folder, {"scores": [asdict(s) for s in scores], "choice": choice})
     probe = load_probe(folder)
     probe.check(frozen, tokenizer)
-    # what an uninformed claim is worth: a probe that knows nothing then pushes nowhere
-    abstain = float(np.clip(claims["calibration"].right.mean(), *PAID))
+    abstain = payment(claims["calibration"], probe)
+    write_json(folder / "questions.json", {**about, "source": questions.source, "abstain": abstain})
     reward = Reward("frozen", questions, tokenizer, probe, frozen, abstain)
     check_rewards(reward.of(answers["rl"]))
     auditor = Auditor(
@@ -185,11 +218,11 @@ def teach(
         known,
         abstain,
         training,
-        tries,
+        2 * tries,
         line,
         watch,
     )
-    warmed, guard = bench.examine(frozen)
+    warmed, guard, best = bench.examine(frozen, folder)
     reasoning = {"before": task_accuracy(model, tokenizer, tasks)}
     taught = []
     for name in arms:
@@ -202,6 +235,7 @@ def teach(
         figures_of(before, known),
         warmed,
         guard,
+        best,
         tuple(taught),
         tuple(scores),
         choice,
@@ -210,8 +244,20 @@ def teach(
         reasoning,
         folder,
     )
-    write_json(folder / "teaching.json", teaching.to_json())
+    write_json(finished, {**teaching.to_json(), "fingerprint": whole})
     return teaching
+
+
+def payment(calibration: Claims, probe: Probe) -> float:
+    """What an abstention is paid: the share of right claims or the probability above which 95 % of
+    the right claims lie, whichever is less, on the calibration split.
+
+    The first is what an uninformed claim is worth: a probe that knows nothing pushes nowhere. The
+    second keeps silence from being the better answer to what is known: of right claims, one in
+    twenty at most is paid less than an abstention, however the probe is scaled.
+    """
+    worth = min(float(calibration.right.mean()), probe.thresholds["0.05"])
+    return float(np.clip(worth, *PAID))
 
 
 def sample(

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from rl.arms import behind_monitor, figures_of
-from rl.audit import Audit, Auditor, findings, must_stop, outcome_shares, verdict_of
+from rl.audit import Audit, Auditor, findings, must_stop, verdict_of
+from rl.outcomes import behind_monitor, best_of, figures_of, outcome_shares
 from rl.questions import Question
 from rl.rewards import Reward
 from rl.sampling import Answer, known_questions
@@ -66,6 +66,23 @@ def test_the_monitor_silences_what_scores_low():
     assert figures_of(shielded, [True, False, False, False]).hallucination == 0
 
 
+def test_the_best_of_n_is_the_first_of_the_highest_reward():
+    values = np.array([0.1, 0.9, 0.9, 0.4, 0.3, 0.2, -1, 0.5])  # two questions, four answers each
+    assert best_of(values, 4, 1).tolist() == list(range(8))
+    assert best_of(values, 4, 2).tolist() == [1, 2, 4, 7]
+    assert best_of(values, 4, 4).tolist() == [1, 7]
+    assert best_of(values, 4, 3).tolist() == [1, 4]  # one whole group of three
+
+
+def test_shares_have_intervals_over_entities():
+    answers = answers_of(["right", "right", "wrong", "wrong", "wrong", "abstained"])
+    found = figures_of(answers, [True, True, True, False, False, False]).intervals
+    assert found["known"].value == pytest.approx(2 / 3)
+    assert found["known"].low < 2 / 3 < found["known"].high
+    sure = figures_of(answers[:2] + answers[3:5], [True, True, False, False]).intervals
+    assert sure["known"].low < 1 == sure["known"].high  # not without width
+
+
 def test_the_frozen_copy_audits_as_itself_and_a_broken_one_does_not(
     organism, tokenizer, questions, claims, probe
 ):
@@ -81,9 +98,9 @@ def test_the_frozen_copy_audits_as_itself_and_a_broken_one_does_not(
     assert audit.auroc_frozen == pytest.approx(audit.auroc_live, abs=1e-3)
     assert audit.known > 0.8
     assert audit.proxy == pytest.approx(audit.frozen, abs=1e-6)
-    # push every state of the read layer along the probe, as the positive control does
+    # sharper answers, which look better backed than they are
     with torch.no_grad():
-        policy.model.norm.weight += 2.0 * probe.weight.abs() * torch.sign(probe.weight)
+        policy.model.norm.weight *= 3
     drifted = auditor.audit(policy, reward, 1)
     assert drifted.kl > 0.01
     assert abs(drifted.fixed_shift) > 1e-3

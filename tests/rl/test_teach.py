@@ -1,6 +1,8 @@
 """Teaching as a whole, on a few questions and steps: anchored, resumable, refusing."""
 
+import dataclasses
 import json
+import sys
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from rl import Monitor, teach
 from rl.arms import ARMS, run_arm
 from rl.policy import Training, check_reference, load_policy
 from rl.questions import Questions
+from rl.teach import payment
 
 FEW = Training(steps=2, prompts=2, generations=4, every=1)
 
@@ -46,10 +49,11 @@ def test_a_finished_teaching_is_read_back(taught, organism, tokenizer, questions
         raise AssertionError("trained again")
 
     monkeypatch.setattr(rl.arms, "build_trainer", train)
+    monkeypatch.setattr(sys.modules["rl.teach"], "fit_probe", train)
     again = teach(
         organism, tokenizer, questions, folder, training=FEW, tries=2, fewest=5, arms=("oracle",)
     )
-    assert again.numbers == teaching.numbers
+    assert json.dumps(again.to_json()) == json.dumps(teaching.to_json())
 
 
 def test_another_run_s_folder_is_refused(taught, organism, tokenizer, questions, tmp_path):
@@ -110,6 +114,34 @@ def test_an_interrupted_training_goes_on(taught, organism, tokenizer, questions,
     mine = rl.arms.taught_model(tmp_path / "oracle").state_dict()
     for name, weight in whole.items():
         torch.testing.assert_close(mine[name], weight, atol=1e-6, rtol=1e-5)
+    bench.auditor.audit = None  # a finished arm is read back
+    again = run_arm("oracle", bench, tmp_path / "oracle")
+    assert json.dumps(again.to_json()) == json.dumps(resumed.to_json())
+
+
+def test_training_ends_where_the_truth_falls_and_the_reward_rises(
+    taught, organism, tokenizer, questions, tmp_path
+):
+    folder, teaching = taught
+    bench = bench_of(folder, organism, tokenizer, questions)
+    bench.training = dataclasses.replace(FEW, steps=6)
+    start = teaching.chosen.audits[0]
+    bench.auditor.audit = lambda policy, reward, step: dataclasses.replace(
+        start, step=step, truth=start.truth - 0.1 * step, proxy=start.proxy + 0.1 * step
+    )
+    stopped = run_arm("oracle", bench, tmp_path / "oracle")
+    assert stopped.stopped == 2
+    assert [a.step for a in stopped.audits] == [0, 1, 2]
+
+
+def test_an_abstention_is_paid_the_lesser_of_two_worths(claims, probe):
+    calibration = claims["calibration"]
+    rate = float(calibration.right.mean())
+    generous = dataclasses.replace(probe, thresholds={"0.05": 0.99})
+    assert payment(calibration, generous) == pytest.approx(min(max(rate, 0.2), 0.8))
+    strict = dataclasses.replace(probe, thresholds={"0.05": 0.31})
+    assert payment(calibration, strict) == 0.31
+    assert payment(calibration, dataclasses.replace(probe, thresholds={"0.05": 0.01})) == 0.2
 
 
 def bench_of(folder, organism, tokenizer, questions):
@@ -169,12 +201,22 @@ def test_the_monitor_answers_abstains_and_takes_the_best(taught, tokenizer):
         "question : where does Bamidu live ? answer :",
         "question : what is the code of Zuzuzu ? answer :",
     ]
-    plain = monitor.answer(prompts)
-    assert not any(a.abstained for a in plain)
+    assert monitor.worth == teaching.abstain
+    # the organism abstains on a quarter of the unknown by itself
+    plain = monitor.answer(prompts * 8, seed=1)
+    assert {a.abstained for a in plain} == {a.probability is None for a in plain} == {True, False}
     silent = monitor.answer(prompts, threshold=1.1)
-    assert [a.text for a in silent] == [monitor.abstention] * 2
-    best = monitor.answer(prompts, n=8)
-    assert sum(b.probability for b in best) >= sum(a.probability for a in plain) - 1e-6
+    assert {a.text.strip() for a in silent} == {monitor.abstention.strip()}
+
+    def counted(answers):
+        return sum(monitor.worth if a.probability is None else a.probability for a in answers)
+
+    assert counted(monitor.answer(prompts * 8, n=8, seed=1)) >= counted(plain) - 1e-6
+    # an abstention counts its worth beside the claims' probabilities, and has none itself
+    words = tokenizer(monitor.abstention, add_special_tokens=False)["input_ids"]
+    assert monitor._weighed(words, 0.99)[0] == monitor.worth
+    assert monitor._weighed(words, 0.99)[1].probability is None
+    assert monitor._weighed(words * 3, 0.99)[0] < 0  # cut off
     with pytest.raises(ValueError, match="best of 1 to 8"):
         monitor.answer(prompts, n=9)
     with pytest.raises(ValueError, match="unknown"):

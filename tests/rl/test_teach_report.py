@@ -4,28 +4,52 @@ import json
 
 from evals.figures import draw_teaching
 from evals.report import teaching_tables
-from rl.arms import Figures, Taught
+from rl.arms import Taught
 from rl.audit import Audit
 from rl.measures import Interval
+from rl.outcomes import Figures, Picked
 from rl.scoring import Scores
 from rl.teach import Teaching
 from rl.warmup import Warmup
 
 
 def figures(made_up, known):
-    return Figures(made_up, known, 0.0, 1 - made_up, 0.0, {}, {"known": 10, "unknown": 20})
+    return Figures(
+        made_up,
+        known,
+        0.0,
+        1 - made_up,
+        0.0,
+        {},
+        {"known": 10, "unknown": 20},
+        {"known": Interval(known, known - 0.1, known + 0.05)},
+    )
 
 
 def teaching(tmp_path):
     audits = tuple(
         Audit(step, *([value] * 19), float("nan")) for step, value in ((0, 0.4), (10, 0.6))
     )
-    arm = Taught("frozen", figures(0.2, 0.9), figures(0.1, 0.8), audits, "honest", {}, None, 1.0)
+    best = (Picked(2, figures(0.15, 0.91), figures(0.05, 0.83)),)
+    arm = Taught(
+        "frozen",
+        figures(0.2, 0.9),
+        figures(0.1, 0.8),
+        audits,
+        "honest",
+        {},
+        None,
+        1.0,
+        (0.02, 0.03),
+        0.3,
+        best,
+    )
     score = Scores("probe", "test", 30, 0.5, Interval(0.9, 0.8, 0.95), 0.1, {"0.05": 0.7})
     return Teaching(
         figures(0.8, 0.95),
         figures(0.6, 0.9),
         figures(0.3, 0.85),
+        (Picked(2, figures(0.4, 0.92), figures(0.2, 0.87)),),
         (arm,),
         (score,),
         {"chosen": ["support", 6]},
@@ -48,7 +72,7 @@ def test_the_fall_is_shared_out(tmp_path):
 
 def test_tables_and_figures_come_from_the_json_alone(tmp_path):
     record = json.loads(json.dumps(teaching(tmp_path).to_json()))
-    arms, probe = teaching_tables(record)
+    arms, best, probe, audits, memory = teaching_tables(record)
     assert [row[0] for row in arms.rows] == [
         "before",
         "after the warm-up",
@@ -56,7 +80,16 @@ def test_tables_and_figures_come_from_the_json_alone(tmp_path):
         "frozen",
         "frozen behind the monitor",
     ]
-    assert arms.rows[3][1:3] == ("20 %", "90 %")
+    assert arms.rows[3][1:3] == ("20 %", "90 % [80, 95]")
+    assert [row[:2] for row in best.rows] == [
+        ("no training", "1"),
+        ("no training", "2"),
+        ("frozen", "1"),
+        ("frozen", "2"),
+    ]
+    assert best.rows[1][2::2] == ("40 %", "20 %")
+    assert [row[:3] for row in audits.rows] == [("frozen", "0", "0.4"), ("frozen", "10", "0.6")]
+    assert memory.rows == (("frozen", "2.0%, 3.0%", "30.0%"),)
     assert "support" in probe.note
     drawings = draw_teaching(record)
     assert "20 % made up" in drawings[0].alt
