@@ -4,7 +4,9 @@ forward and backward pass.
     python benchmarks/curvature.py                        the table on a 5 M-parameter Llama, CPU
     python benchmarks/curvature.py --scaling figures      cost against tokens and targets, plotted
     python benchmarks/curvature.py --accuracy MODEL TEXT  factor accuracy against tokens; either may
-                                                          be `organism`, TEXT its kept text
+                                                          be `organism`, TEXT its kept text or one
+                                                          kind of it: `organism/language`
+    python benchmarks/curvature.py --layer 1b --eigh 2048 one layer's pieces of a large shape
     python benchmarks/curvature.py --device cuda --shape 1b --dtype bfloat16 --eigh 2048 4096 11008
 
 Rounds are interleaved: every row runs beside its own forward and backward passes, and the median of
@@ -532,6 +534,7 @@ def scaling(arguments: argparse.Namespace) -> None:
         ax.set_xlabel(label)
         ax.set_ylabel("seconds")
         ax.set_ylim(bottom=0)
+        ax.set_xticks(x)
         print(f"{label}: r^2 of a straight line {fit.rvalue**2:.4f}; {points}")
     path = Path(arguments.scaling) / "curvature_scaling.png"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -539,16 +542,33 @@ def scaling(arguments: argparse.Namespace) -> None:
     print(f"wrote {path}")
 
 
+class _Energies:
+    """|g|^2 of every counted token by target: who carries G."""
+
+    needs_pairs = True
+
+    def __init__(self) -> None:
+        self.found: dict[str, list[torch.Tensor]] = {}
+
+    def inputs(self, target: Target, a: torch.Tensor) -> None:
+        pass
+
+    def pair(self, target: Target, a: torch.Tensor | None, g: torch.Tensor) -> None:
+        self.found.setdefault(target.name, []).append(g.float().square().sum(1))
+
+
 def accuracy(arguments: argparse.Namespace) -> None:
     """How far factors of n tokens are from those of many: the token budget as a measured choice.
 
     Scored tokens are what a budget counts, counted ones what enters the factors (prompts included).
     Error: relative, Frobenius, mean over targets. Kept: energy (trace) of the reference factor in
-    the 40 % sharpest directions of the estimate, over that in its own.
+    the 40 % sharpest directions of the estimate, over that in its own. Before the table: how many
+    tokens carry G, as the effective number (sum of |g|^2)^2 / sum of |g|^4 and the share of the top
+    1 %, means over targets.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from curvature.eigenbases import eigenbases
+    from curvature.capture import run_pass
     from curvature.factors import collect_factors
     from curvature.populations import load_population, split_population
     from evals import organism
@@ -556,6 +576,9 @@ def accuracy(arguments: argparse.Namespace) -> None:
     model_path, text = arguments.accuracy
     if text == "organism":
         population = organism.material(organism.organism_seed()).heal
+    elif text.startswith("organism/"):
+        kept = {p.name: p for p in organism.material(organism.organism_seed()).keep}
+        population = kept[text.removeprefix("organism/")]
     else:
         population = load_population(text, "reference")
     model_path = organism.MODEL if model_path == "organism" else model_path
@@ -563,46 +586,142 @@ def accuracy(arguments: argparse.Namespace) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     parts = split_population(population, {"many": 0.7, "few": 0.3}).parts
     targets = select_targets(model)
-    settings = {"width": arguments.width, "batch_size": arguments.rows, "coupled": False}
-    reference = collect_factors(
-        model, tokenizer, parts["many"], targets, tokens=arguments.tokens, **settings
+    for labels in arguments.labels:
+        settings = {"width": arguments.width, "batch_size": arguments.rows, "labels": labels}
+        carried = _Energies()
+        run_pass(
+            model,
+            tokenizer,
+            parts["many"],
+            targets,
+            carried,
+            tokens=arguments.tokens // 2,
+            seed=1,
+            progress=None,
+            **settings,
+        )
+        energy = [torch.cat(batches) for batches in carried.found.values()]
+        effective = statistics.mean(float(e.sum() ** 2 / e.square().sum()) for e in energy)
+        top = statistics.mean(
+            float(e.topk(max(1, len(e) // 100)).values.sum() / e.sum()) for e in energy
+        )
+        settings["coupled"] = False
+        reference = collect_factors(
+            model, tokenizer, parts["many"], targets, tokens=arguments.tokens, **settings
+        )
+        own = eigenbases(reference)
+        print(
+            f"\n{labels}, reference: {arguments.tokens} scored, "
+            f"{next(iter(reference.values())).tokens} counted tokens of {text}, "
+            f"{len(targets)} targets; of {len(energy[0])} counted tokens G is carried by "
+            f"{effective:.0f} (effective number), {top:.0%} by 1 % of them"
+        )
+        print(
+            "| scored | counted | error A | error G | kept A | kept G |\n"
+            "| --- | --- | --- | --- | --- | --- |"
+        )
+        n = 512
+        while n <= arguments.tokens // 2:
+            found = collect_factors(model, tokenizer, parts["few"], targets, tokens=n, **settings)
+            means = " | ".join(f"{v:.4f}" for v in accuracy_of(found, reference, own))
+            print(f"| {n} | {next(iter(found.values())).tokens} | {means} |", flush=True)
+            n *= 2
+
+
+def accuracy_of(found: Any, reference: Any, own: Any) -> list[float]:
+    """Error of A and of G, kept energy of A and of G: means over targets."""
+    bases = eigenbases(found)
+    errors: dict[str, list[float]] = {"A": [], "G": []}
+    kept: dict[str, list[float]] = {"A": [], "G": []}
+    for name, f in found.items():
+        for side in ("A", "G"):
+            truth, estimate = getattr(reference[name], side), getattr(f, side)
+            errors[side].append(float((estimate - truth).norm() / truth.norm()))
+            k = round(0.4 * len(truth))
+            energy = []
+            for basis in (getattr(bases[name], side), getattr(own[name], side)):
+                top = basis.vectors[:, -k:]
+                energy.append(float(((truth @ top) * top).sum()))
+            kept[side].append(energy[0] / energy[1])
+    return [statistics.mean(v) for v in (*errors.values(), *kept.values())]
+
+
+def layer_pieces(arguments: argparse.Namespace) -> None:
+    """One block of the shape, piece by piece, beside what docs/scale.md calculates: for a model
+    that is too large for this machine."""
+    from curvature.estimate import factor_bytes, row_bytes, token_operations
+    from surgery.rankings.contrast import generalized_eigh
+
+    SHAPES["layer"] = {**SHAPES[arguments.layer], "num_hidden_layers": 1, "vocab_size": 512}
+    arguments.shape = "layer"
+    model = make_model(arguments)
+    targets = select_targets(model)
+    batch = make_batch(model, arguments.rows, arguments.width)
+    n = batch.ids.numel()
+    sums = _FactorSums(True)
+    ours(model, batch, targets, sums)
+    held = sum(v.untyped_storage().nbytes() for v in sums.sums.values())
+    rows = n * row_bytes(model, targets)
+    logits = 8 * n * 512
+    peak = peak_bytes(lambda: ours(model, batch, targets, sums), arguments.device)
+    x = torch.randn(4096, 2048, device=arguments.device)
+    y = torch.randn(2048, 2048, device=arguments.device)
+    product = min(seconds(lambda: x @ y, arguments.device) for _ in range(3))
+    rate = 2 * 4096 * 2048**2 / product
+    plain = _FactorSums(False)
+    ours(model, batch, targets, plain)
+    spent = min(
+        seconds(lambda: ours(model, batch, targets, plain), arguments.device)
+        for _ in range(arguments.rounds)
     )
-    own = eigenbases(reference)
+    unit = min(
+        seconds(partial(forward_backward, model, batch), arguments.device)
+        for _ in range(arguments.rounds)
+    )
+    parameters = sum(p.numel() for p in model.parameters())
+    said = n * token_operations(parameters, targets, coupled=False) / rate
+    mib = 2**20
     print(
-        f"reference: {arguments.tokens} scored, {next(iter(reference.values())).tokens} counted "
-        f"tokens of {text}, {len(targets)} targets"
+        f"one layer of {arguments.layer}: {parameters / 1e6:.1f} M parameters, "
+        f"{arguments.rows} x {arguments.width} tokens, {arguments.device}, "
+        f"{torch.get_num_threads()} threads, {rate / 1e9:.0f} GFLOP/s in a matrix product"
     )
-    print(
-        "| scored | counted | error A | error G | kept A | kept G |\n"
-        "| --- | --- | --- | --- | --- | --- |"
-    )
-    n = 512
-    while n <= arguments.tokens // 2:
-        found = collect_factors(model, tokenizer, parts["few"], targets, tokens=n, **settings)
-        bases = eigenbases(found)
-        figures: dict[str, list[float]] = {"error A": [], "error G": [], "kept A": [], "kept G": []}
-        for name, f in found.items():
-            for side in ("A", "G"):
-                truth, estimate = getattr(reference[name], side), getattr(f, side)
-                figures[f"error {side}"].append(float((estimate - truth).norm() / truth.norm()))
-                k = round(0.4 * len(truth))
-                energy = []
-                for basis in (getattr(bases[name], side), getattr(own[name], side)):
-                    top = basis.vectors[:, -k:]
-                    energy.append(float(((truth @ top) * top).sum()))
-                figures[f"kept {side}"].append(energy[0] / energy[1])
-        means = " | ".join(f"{statistics.mean(v):.4f}" for v in figures.values())
-        print(f"| {n} | {next(iter(found.values())).tokens} | {means} |", flush=True)
-        n *= 2
+    print("| piece | calculated | measured | over |\n| --- | --- | --- | --- |")
+    for name, expected, found, digits in (
+        ("A, G, A', G' of the block, MiB", factor_bytes(targets) / mib, held / mib, ".0f"),
+        ("rows and logits of the pass, MiB", (rows + logits) / mib, peak / mib, ".0f"),
+        ("pass for A and G, s", said, spent, ".2f"),
+    ):
+        print(
+            f"| {name} | {expected:{digits}} | {found:{digits}} | {found / expected:.2f} |",
+            flush=True,
+        )
+    print(f"pass for A and G over a forward and backward pass: {spent / unit:.2f}")
+    for side in arguments.eigh:
+        z = torch.randn(side, side + 64)
+        metric = z @ z.T / side
+        z = torch.randn(side, 256)
+        memory = z @ z.T / side
+        solve = seconds(partial(generalized_eigh, memory, metric, 0.1, "factor"), "cpu")
+        print(f"contrast solve, side {side}, fp64: {solve:.1f} s", flush=True)
+
+
+PUBLISHED_SIDES = (2048, 4096, 8192, 11008)
 
 
 def eigh_times(arguments: argparse.Namespace) -> None:
-    print("\n| eigh, side | seconds |\n| --- | --- |")
-    for n in arguments.eigh:
+    """Measured, and from the largest measured side by n^3 upwards."""
+    print("\n| eigh, side | seconds | |\n| --- | --- | --- |")
+    spent = 0.0
+    for n in sorted(arguments.eigh):
         x = torch.randn(n, 2 * n, device=arguments.device)
         matrix = x @ x.T / n
         del x
-        print(f"| {n} | {seconds(partial(eigh, matrix), arguments.device):.2f} |", flush=True)
+        spent = seconds(partial(eigh, matrix), arguments.device)
+        print(f"| {n} | {spent:.2f} | measured |", flush=True)
+    for side in PUBLISHED_SIDES:
+        if side > n:
+            print(f"| {side} | {spent * (side / n) ** 3:.0f} | projected from {n} by n^3 |")
 
 
 def main() -> None:
@@ -625,6 +744,10 @@ def main() -> None:
         "--eigh", type=int, nargs="*", default=[], help="also time eigh at these sides"
     )
     parser.add_argument("--accuracy", nargs=2, metavar=("MODEL", "TEXT"), help="accuracy instead")
+    parser.add_argument("--labels", nargs="+", default=["sampled"], help="of --accuracy")
+    parser.add_argument(
+        "--layer", choices=sorted(SHAPES), help="one layer of a shape, piece by piece, instead"
+    )
     parser.add_argument("--tokens", type=int, default=200_000, help="reference of --accuracy")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -633,9 +756,12 @@ def main() -> None:
         return
     if arguments.scaling:
         scaling(arguments)
-        return
-    table(arguments)
-    eigh_times(arguments)
+    elif arguments.layer:
+        layer_pieces(arguments)
+    else:
+        table(arguments)
+    if arguments.eigh:
+        eigh_times(arguments)
 
 
 if __name__ == "__main__":

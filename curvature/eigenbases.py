@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +11,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from curvature.artifacts import read_tensors, write_tensors
+from curvature.artifacts import fingerprint, read_metadata, read_tensors, write_tensors
 from curvature.factors import Factors
-from curvature.targets import Target
+from curvature.processes import from_main, gathered
+from curvature.targets import Target, layer_of
 
 RESIDUAL = 1e-4
 """Largest accepted |M U - U diag(values)| and |U^T U - I|, relative to |M| and to sqrt(n)
@@ -136,6 +138,48 @@ def eigenbases(
             dist.broadcast(vectors, place % world)
             done[key] = Eigenbasis(values, vectors)
     return {name: TargetEigenbases(done[a], done[g]) for name, (a, g) in pairs.items()}
+
+
+def cached_eigenbases(
+    folder: str | Path, factors: Mapping[str, Factors], *, coupled: bool = False
+) -> dict[str, TargetEigenbases]:
+    """`eigenbases`, streamed: one layer at a time is decomposed, written to its file in `folder`
+    and mapped from there; a layer whose file was made of the very same factors (SHA-256) is read.
+
+    Raises as `eigenbases` and `read_tensors` do.
+    """
+    layers: dict[int, dict[str, Factors]] = {}
+    for name, f in factors.items():
+        layers.setdefault(layer_of(name), {})[name] = f
+    out: dict[str, TargetEigenbases] = {}
+    for layer, held in sorted(layers.items()):
+        path = Path(folder) / f"layer {layer}.safetensors"
+        mark = factors_sha256(held, coupled=coupled)
+        if _made_of(path) != mark:
+            save_eigenbases(path, eigenbases(held, coupled=coupled), {"factors": mark})
+            gathered(None)
+        out |= load_eigenbases(path)[0]
+    return {name: out[name] for name in factors}
+
+
+def _made_of(path: Path) -> str | None:
+    """Hash of the factors that a file of eigenbases was made of, as the first process sees it."""
+    return from_main(lambda: read_metadata(path).get("factors") if path.exists() else None)
+
+
+def factors_sha256(factors: Mapping[str, Factors], *, coupled: bool = False) -> str:
+    """Hash of A and G (of A' and G' with `coupled`) of every target, to the bit; an A that targets
+    share is read once."""
+    seen: dict[int, str] = {}
+    marks = {}
+    for name, f in factors.items():
+        for key in ("A_coupled", "G_coupled") if coupled else ("A", "G"):
+            matrix = getattr(f, key)
+            if id(matrix) not in seen:
+                flat = matrix.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy()
+                seen[id(matrix)] = hashlib.sha256(memoryview(flat)).hexdigest()
+            marks[f"{name}.{key}"] = seen[id(matrix)]
+    return fingerprint(**marks)
 
 
 def save_eigenbases(

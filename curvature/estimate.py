@@ -100,6 +100,13 @@ def factor_bytes(targets: Sequence[Target], *, coupled: bool = True) -> int:
     return 4 * (plain + coupled * sum(t.d_in**2 + t.d_out**2 for t in targets))
 
 
+def token_operations(parameters: int, targets: Sequence[Target], *, coupled: bool = True) -> float:
+    """Floating-point operations of the factor pass per token: 4 P for the forward pass and the
+    backward pass without weight gradients, and half of each symmetric product, which is one
+    operation per element of the factors."""
+    return 4.0 * parameters + factor_bytes(targets, coupled=coupled) / 4
+
+
 def row_bytes(model: nn.Module, targets: Sequence[Target]) -> int:
     """Bytes per token that stand until the backward pass has used them: the layers from the lowest
     target upwards, their widest gradient, and the hidden states before and after the head."""
@@ -125,10 +132,9 @@ def estimate(model: nn.Module, targets: Sequence[Target], work: Work) -> Estimat
     kept = P - round((1 - work.keep) * mlp)
     n = work.batch_size * work.width
     factors, per_token = factor_bytes(targets), row_bytes(model, targets)
-    gram = sum(t.d_in**2 + t.d_out**2 for t in targets)
     eigen = 9 * sum(t.d_in**3 + t.d_out**3 for t in targets)
     operations = (
-        work.populations * work.factor_tokens * (4.0 * P + 2 * gram)
+        work.populations * work.factor_tokens * token_operations(P, targets)
         + 6.0 * kept * work.trained_tokens
         + 2.0 * P * work.judged_tokens
         + 2.0 * eigen

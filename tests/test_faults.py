@@ -2,6 +2,7 @@
 that was finished."""
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -156,6 +157,39 @@ def test_the_judge_with_fewer_rows_at_a_time_says_the_same(tiny_llama, tokenizer
         assert [s.logprob for s in a.samples] == pytest.approx(
             [s.logprob for s in b.samples], rel=1e-4
         )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
+def test_memory_that_really_ends_halves_the_rows_and_changes_no_figure():
+    """Not an injected error: the allocator itself is refused (RLIMIT_AS)."""
+
+    def worker(limit):
+        done = subprocess.run(
+            [sys.executable, str(HERE / "memory_worker.py"), str(limit)],
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "HF_HUB_OFFLINE": "1",
+                "PYTHONPATH": str(HERE.parent),
+            },
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        *said, figures = done.stdout.splitlines()
+        return said, json.loads(figures)
+
+    quiet, expected = worker(0)
+    said, found = worker(40)
+    assert quiet == []
+    passes = ("the pass over 'p'", "scoring of recitations", "reading of clean text", "training")
+    for name in passes:
+        rows = [int(line.split("with ")[1].split()[0]) for line in said if f"in {name}:" in line]
+        assert rows, f"{name} did not run out of memory: {said}"
+        assert rows == [64 // 2 ** (k + 1) for k in range(6) if 64 // 2 ** (k + 1) >= rows[-1]]
+    for name, figures in expected.items():
+        assert found[name] == pytest.approx(figures, rel=1e-4), name
 
 
 def test_a_process_that_dies_ends_the_others_with_a_word():

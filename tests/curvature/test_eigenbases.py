@@ -1,9 +1,18 @@
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from curvature.eigenbases import eigenbases, eigh, load_eigenbases, save_eigenbases
+import curvature.eigenbases as eigenbases_module
+from curvature.eigenbases import (
+    cached_eigenbases,
+    eigenbases,
+    eigh,
+    load_eigenbases,
+    save_eigenbases,
+)
 from curvature.factors import Factors
 from curvature.targets import select_targets
 
@@ -86,6 +95,44 @@ def test_shared_factors_are_decomposed_once_and_saved_once(tmp_path, monkeypatch
         assert torch.equal(loaded[name].A.values, bases[name].A.values)
     with pytest.raises(ValueError, match="coupled factors were not collected"):
         eigenbases(factors, coupled=True)
+
+
+def test_cached_eigenbases_are_made_layer_by_layer_and_read_again(tmp_path, monkeypatch):
+    shared = random_psd(8, 8)
+    factors = {
+        "layers.1.up": Factors(shared, random_psd(5, 5, 1), None, None, 10),
+        "layers.1.gate": Factors(shared, random_psd(5, 5, 2), None, None, 10),
+        "layers.0.down": Factors(random_psd(6, 6, 3), random_psd(4, 4, 4), None, None, 10),
+    }
+    made = []
+
+    def counted(matrix, name="matrix"):
+        made.append(name)
+        return eigh(matrix, name)
+
+    monkeypatch.setattr(eigenbases_module, "eigh", counted)
+    expected = eigenbases(factors)
+    made.clear()
+    first = cached_eigenbases(tmp_path, factors)
+    assert list(first) == list(factors)
+    assert len(made) == 5, "A that targets share is decomposed once"
+    assert [n.split(" of ")[1].split(".")[1] for n in made] == ["0", "0", "1", "1", "1"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"layer {k}.safetensors" for k in (0, 1)]
+    made.clear()
+    again = cached_eigenbases(tmp_path, factors)
+    assert made == []
+    for name in factors:
+        for side in ("A", "G"):
+            for bases in (first, again):
+                found, truth = (getattr(b[name], side) for b in (bases, expected))
+                assert torch.equal(found.vectors, truth.vectors)
+                assert torch.equal(found.values, truth.values)
+    assert again["layers.1.up"].A is again["layers.1.gate"].A
+    one_bit = factors["layers.0.down"].G.clone()
+    one_bit[1, 2] = torch.nextafter(one_bit[1, 2], torch.tensor(9.0))
+    changed = dataclasses.replace(factors["layers.0.down"], G=one_bit)
+    cached_eigenbases(tmp_path, {**factors, "layers.0.down": changed})
+    assert len(made) == 2, "the layer that changed, and no other"
 
 
 def test_a_cache_of_another_model_is_refused(tmp_path, make_model):

@@ -305,3 +305,32 @@ def test_fused_attention_is_replaced_and_restored(small):
     with twice_differentiable(model):
         assert _cur_sdpa_kernel_backends() == [SDPBackend.MATH]
     assert set(_cur_sdpa_kernel_backends()) == before
+
+
+def test_foreign_attention_is_switched_to_eager_and_back_or_refused():
+    from types import SimpleNamespace
+
+    from curvature.forward import twice_differentiable
+
+    class Model(torch.nn.Module):
+        def __init__(self, switches):
+            super().__init__()
+            self.config = SimpleNamespace(_attn_implementation="flash_attention_2")
+            self.switches, self.asked = switches, []
+
+        def set_attn_implementation(self, name):
+            if not self.switches:
+                raise ValueError("no other attention")
+            self.asked.append(name)
+            self.config._attn_implementation = name
+
+    model = Model(switches=True)
+    with twice_differentiable(model):
+        assert model.config._attn_implementation == "eager"
+    assert model.asked == ["eager", "flash_attention_2"]
+    stuck = Model(switches=False)
+    with (
+        pytest.raises(ValueError, match=r"'flash_attention_2' cannot be .* use the method 'diff"),
+        twice_differentiable(stuck),
+    ):
+        pass
