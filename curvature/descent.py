@@ -101,7 +101,11 @@ def fine_tune(
         raise ValueError(
             f"nothing to train: {len(trained)} parameters require a gradient, {steps} steps"
         )
-    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.98))
+    # one kernel for the whole update: a loop over tensors is a thirtieth of a small model's step
+    fused = all(p.device.type in ("cpu", "cuda") for p in trained)
+    optimizer = torch.optim.AdamW(
+        trained, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.98), fused=fused
+    )
     modes = [(module, module.training) for module in model.modules()]
     stream = endless_batches(
         population, tokenizer, width=width, batch_size=batch_size, seed=seed, score_end=score_end

@@ -85,6 +85,7 @@ def relearn(
     batch_size: int = 16,
     width: int = 128,
     judge_batch_size: int = 64,
+    start: Sequence[Recitation] | None = None,
     seed: int = 0,
     progress: str | None = None,
 ) -> list[Curve]:
@@ -92,9 +93,10 @@ def relearn(
     then constant) and score `groups` of (prompt, target) every so many steps. The model itself is
     left alone.
 
-    shown must not hold the scored items: documents that contain one raise ValueError. A learning
-    rate at which training diverges gives shorter curves with a note. One Curve per group and
-    learning rate.
+    start: what `recite` says of all groups' items in order before any step, where that is known; it
+    is the same for all learning rates. shown must not hold the scored items: documents that contain
+    one raise ValueError. A learning rate at which training diverges gives shorter curves with a
+    note. One Curve per group and learning rate.
     """
     if steps < 1 or every < 1:
         raise ValueError(f"relearning needs at least one step: got steps={steps}, every={every}")
@@ -107,6 +109,8 @@ def relearn(
                 f"relearning: group {name!r} holds items that the attack trains on: split first"
             )
     everything = [pair for pairs in groups.values() for pair in pairs]
+    if start is None:
+        start = recite(model, tokenizer, everything, judge_batch_size, refuse=False)
     curves = []
     for lr in lrs:
         attacked = copy.deepcopy(model)
@@ -114,11 +118,13 @@ def relearn(
         hits: list[np.ndarray] = []
 
         def score(step: int, attacked: nn.Module = attacked, marks=marks, hits=hits) -> None:
-            mode = attacked.training
-            attacked.eval()
-            same_weights(attacked)
-            scores = recite(attacked, tokenizer, everything, judge_batch_size, refuse=False)
-            attacked.train(mode)
+            scores = start
+            if step:
+                mode = attacked.training
+                attacked.eval()
+                same_weights(attacked)
+                scores = recite(attacked, tokenizer, everything, judge_batch_size, refuse=False)
+                attacked.train(mode)
             if not all(r.known for r in scores):
                 raise _NotFinite(f"the logits are not finite at step {step}")
             marks.append(step)
@@ -153,10 +159,10 @@ def relearn(
                 raise
             since = f" after step {marks[-1]}" if marks else ""
             note = f"not available{since}: {error}"
-        start = 0
+        first = 0
         for name, pairs in groups.items():
-            part = [h[start : start + len(pairs)] for h in hits]
-            start += len(pairs)
+            part = [h[first : first + len(pairs)] for h in hits]
+            first += len(pairs)
             curves.append(
                 Curve(
                     arm,
@@ -278,9 +284,12 @@ def robustness(
     shots: int = 2,
     delimiter: str = " ",
     batch_size: int = 64,
+    start: Sequence[Recitation] | None = None,
     seed: int = 0,
 ) -> list[Robustness]:
     """Rounding to few bits, sampling several times, and prompting with neighbours, per group.
+
+    start: what `recite` says of all items in order before any attack, where that is known.
 
     Sampling is not drawn but reckoned: k independent samples at temperature 1 hold a target of
     log-probability l at least once with probability 1 - (1 - exp(l))^k, and the mean of that is
@@ -292,17 +301,20 @@ def robustness(
     items = [item for members in groups.values() for item in members]
     asked = [(item.prompt, item.target) for item in items]
 
-    def scores(attacked: PreTrainedModel, pairs: Pairs) -> tuple[list[Recitation] | None, str]:
-        found = recite(attacked, tokenizer, pairs, batch_size, refuse=False)
+    def scores(
+        attacked: PreTrainedModel, pairs: Pairs, found: Sequence[Recitation] | None = None
+    ) -> tuple[Sequence[Recitation] | None, str]:
+        if found is None:
+            found = recite(attacked, tokenizer, pairs, batch_size, refuse=False)
         broken = sum(not r.known for r in found)
         if broken:
             return None, f"not available: {broken} of {len(pairs)} items gave non-finite logits"
         return found, ""
 
-    def strict(found: list[Recitation] | None) -> list[float] | None:
+    def strict(found: Sequence[Recitation] | None) -> list[float] | None:
         return None if found is None else [float(r.strict) for r in found]
 
-    plain, why = scores(model, asked)
+    plain, why = scores(model, asked, start)
     attacks: list[tuple[str, list[float] | None, str]] = []
     for width in bits:
         found, note = scores(round_to_nearest(model, width), asked)
@@ -331,10 +343,10 @@ def robustness(
     before = strict(plain)
     rows = []
     for name, got, note in attacks:
-        start = 0
+        first_item = 0
         for group, members in groups.items():
-            part = slice(start, start + len(members))
-            start += len(members)
+            part = slice(first_item, first_item + len(members))
+            first_item += len(members)
             first, last = (None if x is None else float(np.mean(x[part])) for x in (before, got))
             rows.append(Robustness(name, arm, group, len(members), first, last, note))
     return rows

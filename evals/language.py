@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from curvature.memory import RowsAtOnce
+from curvature.memory import RowsAtOnce, rows_in_cache
 from curvature.populations import Population
 from curvature.processes import shared_out
 from evals.generation import generate
@@ -113,8 +113,13 @@ def read_language(
         return list(zip(sums, kls, strict=True))
 
     def one(chunk: list[Row]) -> list[tuple[float, float]]:
-        parts = at_once.run(lambda n: [read(chunk[k : k + n]) for k in range(0, len(chunk), n)])
-        return [sums for part in parts for sums in part]
+        most = rows_in_cache(len(chunk[0][1]), device) or batch_size
+
+        def work(n: int) -> list[list[tuple[float, float]]]:
+            step = min(n, most)
+            return [read(chunk[k : k + step]) for k in range(0, len(chunk), step)]
+
+        return [sums for part in at_once.run(work) for sums in part]
 
     chunks = [rows[k : k + batch_size] for k in range(0, len(rows), batch_size)]
     for chunk, sums_of in zip(chunks, shared_out(chunks, one), strict=True):

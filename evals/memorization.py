@@ -19,13 +19,16 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from curvature.memory import RowsAtOnce
+from curvature.forward import CausalForward, device_of
+from curvature.memory import RowsAtOnce, rows_in_cache
 from curvature.processes import shared_out
 from curvature.progress import bar
 from evals.generation import generate
 
 LOOSE = 0.75
 """Token Levenshtein similarity from which a continuation counts as loosely recited."""
+LOGITS = 512
+"""Scored tokens whose logits stand in memory at a time."""
 
 
 @dataclass(frozen=True)
@@ -98,33 +101,38 @@ def recite(
     """
     encoded = [encode_pair(tokenizer, *pair) for pair in pairs]
     order = sorted(range(len(encoded)), key=lambda k: -len(encoded[k][0]))
-    device = next(model.parameters()).device
+    device = device_of(model)
     shown = bar(progress, total=sum(len(ids) for ids, _ in encoded), unit="tokens")
     at_once = RowsAtOnce("scoring of recitations", "judge_batch_size", batch_size)
+    forward = CausalForward(model)
 
     def score(batch: Sequence[int]) -> dict[int, Recitation]:
         out = {}
-        rows = [torch.tensor(encoded[k][0]) for k in batch]
-        ids = pad_sequence(rows, batch_first=True)
-        # what is scored at t is predicted at t - 1; nothing before the first target is needed
-        first = min(encoded[k][1] for k in batch)
-        place = torch.arange(first, ids.shape[1])
+        ids = pad_sequence([torch.tensor(encoded[k][0]) for k in batch], batch_first=True)
+        place = torch.arange(ids.shape[1])
         starts = torch.tensor([encoded[k][1] for k in batch])
-        lengths = torch.tensor([len(row) for row in rows])
+        lengths = torch.tensor([len(encoded[k][0]) for k in batch])
         scored = (place >= starts[:, None]) & (place < lengths[:, None])
-        logits = model(input_ids=ids.to(device), use_cache=False).logits[:, first - 1 : -1].float()
-        targets = ids[:, first:].to(logits.device)
-        finite = logits.isfinite().all(-1).cpu() | ~scored
-        wrong = (logits.argmax(-1) != targets).cpu() & scored
-        gold = logits.gather(2, targets[..., None])[..., 0] - logits.logsumexp(-1)
-        logprob = gold.double().cpu().masked_fill(~scored, 0).sum(1)
+        rows, places = scored.nonzero(as_tuple=True)
+        hidden = forward.hidden(ids.to(device))
+        finite, wrong = torch.ones_like(scored), torch.zeros_like(scored)
+        gold = torch.zeros(scored.shape, dtype=torch.float64)
+        # what is scored at t is predicted at t - 1; other positions need no logits
+        for row, column in zip(rows.split(LOGITS), places.split(LOGITS), strict=True):
+            here = row.to(hidden.device), column.to(hidden.device) - 1
+            logits = forward.logits(hidden[here]).float()
+            targets = ids[row, column].to(logits.device)
+            finite[row, column] = logits.isfinite().all(-1).cpu()
+            wrong[row, column] = (logits.argmax(-1) != targets).cpu()
+            logp = logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(-1)
+            gold[row, column] = logp.double().cpu()
         n = scored.sum(1)
         revealed = torch.where(wrong, place + 1, starts[:, None]).amax(1) - starts
         columns = (
             finite.all(1).tolist(),
             wrong.sum(1).tolist(),
             revealed.tolist(),
-            logprob.tolist(),
+            gold.sum(1).tolist(),
             n.tolist(),
         )
         for k, sound, misses, given, nats, length in zip(batch, *columns, strict=True):
@@ -142,7 +150,13 @@ def recite(
         return out
 
     def one(batch: Sequence[int]) -> dict[int, Recitation]:
-        scored = at_once.run(lambda n: [score(batch[k : k + n]) for k in range(0, len(batch), n)])
+        most = rows_in_cache(len(encoded[batch[0]][0]), device) or batch_size
+
+        def work(n: int) -> list[dict[int, Recitation]]:
+            step = min(n, most)
+            return [score(batch[k : k + step]) for k in range(0, len(batch), step)]
+
+        scored = at_once.run(work)
         shown.update(sum(len(encoded[k][0]) for k in batch))
         return {k: r for part in scored for k, r in part.items()}
 

@@ -69,6 +69,37 @@ def test_relearning_leaves_the_model_alone_and_counts_from_step_zero(tiny_llama,
     assert [curves[0].recall[0], curves[1].recall[0]] == [float(r.strict) for r in strict]
 
 
+def test_what_is_known_before_an_attack_is_not_asked_again(
+    tiny_llama, tokenizer, shown, monkeypatch
+):
+    """One pass before all learning rates, none where the judge has made it; the curves are the
+    same."""
+    import evals.attacks as attacks
+
+    calls = []
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        return recite(*args, **kwargs)
+
+    monkeypatch.setattr(attacks, "recite", counted)
+    groups = {"a": PAIRS[1:2], "b": PAIRS[2:]}
+    given = {"steps": 4, "every": 2, "lrs": (1e-3, 1e-2), "width": 32, "batch_size": 2}
+    alone = relearn(tiny_llama, tokenizer, shown, groups, **given)
+    assert len(calls) == 1 + 2 * 2
+    start = recite(tiny_llama, tokenizer, PAIRS[1:])
+    calls.clear()
+    assert relearn(tiny_llama, tokenizer, shown, groups, start=start, **given) == alone
+    assert len(calls) == 2 * 2
+    items, texts = {"a": _items(PAIRS)}, {"fact": [p + t for p, t in PAIRS]}
+    alone = robustness(tiny_llama, tokenizer, items, arm="x", neighbours=texts)
+    calls.clear()
+    start = recite(tiny_llama, tokenizer, PAIRS)
+    told = robustness(tiny_llama, tokenizer, items, arm="x", neighbours=texts, start=start)
+    assert len(calls) == 3, "8 bits, 4 bits, neighbours"
+    assert told == alone
+
+
 def test_relearning_learns_what_it_is_shown(tiny_llama, tokenizer, shown):
     """The same text under another prompt's name: the attack must move the weights as training
     does."""
