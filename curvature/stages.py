@@ -21,7 +21,7 @@ from curvature.artifacts import fingerprint, read_json, write_json
 from curvature.memory import is_out_of_memory, print_line
 from curvature.processes import from_main, gathered, is_main
 
-PACKAGES = ("curvature", "surgery", "evals", "rl")
+PACKAGES = ("curvature", "surgery", "evals", "rl", "recipes")
 
 
 @cache

@@ -2,13 +2,15 @@
 
 import os
 
+# read once, when the first library that could fetch is imported
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from evals.organism.tokenizer import build_tokenizer
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(2)
 

@@ -28,6 +28,9 @@ import curvature.stages
 import evals.judge
 import evals.report
 import evals.speed
+import recipes.conclude
+import recipes.patient
+import recipes.terminal
 import run
 import surgery.repair
 import surgery.search  # noqa: F401
@@ -41,7 +44,7 @@ def stop_the_clock() -> None:
     still = SimpleNamespace(perf_counter=lambda: 0.0)
     run.time = curvature.stages.time = still
     evals.speed.time = SimpleNamespace(perf_counter=itertools.count().__next__)
-    curvature.stages.peak_memory = lambda: 0
+    curvature.stages.peak_memory = recipes.conclude.peak_memory = lambda: 0
 
 
 def arm(kill: dict, out: str) -> None:
@@ -67,7 +70,8 @@ def arm(kill: dict, out: str) -> None:
             ).start()
 
     sys.addaudithook(watch)
-    announce, conclude, load = run.announce, run.conclude, run.load
+    announce, conclude = recipes.terminal.announce, recipes.conclude.conclude
+    load = recipes.patient.load
 
     def announced(name: str, reused: bool) -> None:
         announce(name, reused)
@@ -84,7 +88,8 @@ def arm(kill: dict, out: str) -> None:
             begin()
         return load(*given)
 
-    run.announce, run.conclude, run.load = announced, concluding, loading
+    recipes.terminal.announce, recipes.conclude.conclude = announced, concluding
+    recipes.patient.load = loading
 
 
 def child(order: dict, write: int) -> None:

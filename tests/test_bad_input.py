@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import run
 from curvature.populations import Document, Population, load_population, split_population
+from recipes.recipe import save_recipe
 
 
 @pytest.fixture(scope="module")
@@ -315,10 +316,10 @@ def test_a_saved_recipe_reads_back_as_it_was(values):
     given_ = [f"--{k}={json.dumps(v) if not isinstance(v, str) else v}" for k, v in values.items()]
     recipe = run.parse(["--model=some/where", *given_])
     with tempfile.TemporaryDirectory() as folder:
-        run.save_recipe(recipe, Path(folder))
+        save_recipe(recipe, Path(folder))
         again = run.parse([f"--config={folder}/recipe.yaml"])
         assert again.settings == recipe.settings
-        run.save_recipe(again, Path(folder))
+        save_recipe(again, Path(folder))
         assert yaml.safe_load((Path(folder) / "recipe.yaml").read_text()) == recipe.settings
     for name, value in values.items():
         found = getattr(recipe, name)

@@ -16,6 +16,7 @@ from transformers import (
 
 import run
 from evals import standins
+from recipes import patient
 
 QUICK = ["--factor-tokens=600", "--cost-tokens=100", "--candidates=1", "--problems=3"]
 QUICK += ["--heal-tokens=2048", "--attack-steps=1", "--controls=[]", "--spectrum=false"]
@@ -173,11 +174,9 @@ def test_quiet_prints_plain_lines_only(finished, checkpoints, capsys):
 def test_the_same_settings_are_found_again_whatever_memory_is_free(
     finished, checkpoints, monkeypatch
 ):
-    import recipes
-
-    monkeypatch.setattr(recipes, "fitted", lambda *_, **__: {"judge_batch_size": 1, "width": 8})
+    monkeypatch.setattr(patient, "fitted", lambda *_, **__: {"judge_batch_size": 1, "width": 8})
     recipe = run.parse(["--model", str(checkpoints / "qwen3"), "--out", str(finished), *QUICK])
-    assert run.fit(recipe).width == 256
+    assert patient.fit(recipe).width == 256
 
 
 @pytest.mark.parametrize(("missed", "status"), [(False, 0), (True, 1)])

@@ -13,6 +13,7 @@ import pytest
 import tiny
 import torch
 
+import recipes.judge
 import run
 from curvature.artifacts import write_json, write_tensors
 from curvature.populations import Population
@@ -114,7 +115,7 @@ def exhaust(*_, **__):
 def test_a_fault_in_a_stage_ends_the_run_with_one_line(
     fault, status, words, files, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(sys.modules["evals.judge"], "judge", fault)
+    monkeypatch.setattr(recipes.judge, "judge", fault)
     capsys.readouterr()
     # background jobs are started with Ctrl-C ignored
     before = signal.signal(signal.SIGINT, signal.default_int_handler)

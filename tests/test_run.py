@@ -3,19 +3,18 @@
 import dataclasses
 import json
 import os
-import random
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import run
-from evals.organism import world
 
 ROOT = Path(__file__).parent.parent
 QUICK = {
@@ -31,44 +30,16 @@ QUICK = {
     "cost_tokens": 200,
     "map_tokens": 60,
     "attack_steps": 2,
-    "controls": ["random"],
     "spectrum": False,
-    "device": "cpu",
 }
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A random tiny checkpoint and three small texts."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from evals.organism.tokenizer import build_tokenizer
-
-    folder = tmp_path_factory.mktemp("files")
-    tokenizer = build_tokenizer()
-    torch.manual_seed(1)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        tie_word_embeddings=False,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=2,
+    """A random tiny checkpoint and three small texts; bad ones beside them."""
+    folder = tiny.write_patient(
+        tmp_path_factory.mktemp("files"), hidden=32, intermediate=48, texts=40
     )
-    LlamaForCausalLM(config).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    rng = random.Random(0)
-    memorized = [{"text": " ".join(world.sentence(rng) for _ in range(4))} for _ in range(30)]
-    reasoning = [{"prompt": d.prompt, "answer": d.answer} for d in map(world.sort, [rng] * 60)]
-    for name, rows in (("memorized", memorized), ("reasoning", reasoning)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    text = "\n\n".join(" ".join(world.sentence(rng) for _ in range(3)) for _ in range(40))
-    (folder / "reference.txt").write_text(text)
     (folder / "empty.jsonl").write_text("")
     (folder / "one.jsonl").write_text('{"text": "a single item"}\n')
     (folder / "foreign").mkdir()
@@ -77,20 +48,7 @@ def files(tmp_path_factory):
 
 
 def arguments(files: Path, out: Path, **settings) -> list[str]:
-    values = {
-        "model": files / "model",
-        "memorized": files / "memorized.jsonl",
-        "reasoning": files / "reasoning.jsonl",
-        "reference": files / "reference.txt",
-        "out": out,
-        **QUICK,
-        **settings,
-    }
-    return [
-        f"--{k}={json.dumps(v) if isinstance(v, list | bool) else v}"
-        for k, v in values.items()
-        if v is not None
-    ]
+    return tiny.arguments(files, out, **{**QUICK, **settings})
 
 
 @pytest.fixture(scope="module")

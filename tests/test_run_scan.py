@@ -5,11 +5,12 @@ import pytest
 import run
 from evals import organism
 from evals.organism import world
+from recipes.patient import fit, load
 
 
 def test_the_organism_tells_its_passages_from_fresh_text():
     recipe = run.parse(["--memorized", "scan", "--problems", "4"])
-    material = run.load(run.fit(recipe)).material
+    material = load(fit(recipe)).material
     (recited,) = material.memorized
     shown = {
         i.texts[0]: i.exposure
@@ -21,7 +22,7 @@ def test_the_organism_tells_its_passages_from_fresh_text():
     assert min(found) > 0
     assert sum(n >= 64 for n in found) >= 0.9 * sum(n >= 64 for n in shown.values())
     assert {i.family for i in material.test.memories if i.targeted} == {"passage"}
-    listed = run.load(run.fit(run.parse(["--problems", "4"]))).material
+    listed = load(fit(run.parse(["--problems", "4"]))).material
     assert material.sha256 != listed.sha256
     assert material.test.tasks == listed.test.tasks
 
@@ -36,6 +37,6 @@ def test_a_scan_of_a_users_model_needs_text_to_search(tiny_llama, tokenizer, tmp
     given += ["--reasoning", str(tmp_path / "r.jsonl"), "--width", "64", "--prefix-tokens", "8"]
     given += ["--suffix-tokens", "8"]
     with pytest.raises(ValueError, match="--memorized scan needs --reference"):
-        run.load(run.parse(given))
+        load(run.parse(given))
     with pytest.raises(ValueError, match="the scan found 0 recited windows"):
-        run.load(run.parse([*given, "--reference", str(tmp_path / "t.txt")]))
+        load(run.parse([*given, "--reference", str(tmp_path / "t.txt")]))

@@ -11,6 +11,7 @@ import tiny
 
 import run
 from curvature.stages import Stages
+from recipes.recipe import save_recipe
 
 ROOT = Path(__file__).parent.parent
 SOURCES = [
@@ -103,5 +104,5 @@ def test_nothing_is_fetched_offline(tmp_path, capsys, monkeypatch):
 
 def test_recipe_values_are_plain_data(tmp_path):
     recipe = run.parse(["--model=a/b", "--memorized=$(touch owned)"])
-    run.save_recipe(recipe, tmp_path)
+    save_recipe(recipe, tmp_path)
     assert json.loads(json.dumps(recipe.settings))["memorized"] == "$(touch owned)"

@@ -27,8 +27,11 @@ SETTINGS: dict[str, Any] = {
 """All stages are on, each as short as it can be."""
 
 
-def write_patient(folder: Path, seed: int = 1, *, hidden: int = 16) -> Path:
-    """`model/`, `memorized.jsonl`, `reasoning.jsonl`, `reference.txt`."""
+def write_patient(
+    folder: Path, seed: int = 1, *, hidden: int = 16, intermediate: int = 24, texts: int = 16
+) -> Path:
+    """`model/`, `memorized.jsonl`, `reasoning.jsonl`, `reference.txt`: so many memories and
+    ordinary texts, and problems for half as many again."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from evals.organism import world
@@ -39,7 +42,7 @@ def write_patient(folder: Path, seed: int = 1, *, hidden: int = 16) -> Path:
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden,
-        intermediate_size=24,
+        intermediate_size=intermediate,
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=2,
@@ -52,11 +55,12 @@ def write_patient(folder: Path, seed: int = 1, *, hidden: int = 16) -> Path:
     LlamaForCausalLM(config).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     rng = random.Random(0)
-    memorized = [{"text": " ".join(world.sentence(rng) for _ in range(3))} for _ in range(16)]
-    reasoning = [{"prompt": d.prompt, "answer": d.answer} for d in map(world.sort, [rng] * 24)]
+    memorized = [{"text": " ".join(world.sentence(rng) for _ in range(3))} for _ in range(texts)]
+    problems = [world.sort(rng) for _ in range(texts * 3 // 2)]
+    reasoning = [{"prompt": d.prompt, "answer": d.answer} for d in problems]
     for name, rows in (("memorized", memorized), ("reasoning", reasoning)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    text = "\n\n".join(" ".join(world.sentence(rng) for _ in range(3)) for _ in range(16))
+    text = "\n\n".join(" ".join(world.sentence(rng) for _ in range(3)) for _ in range(texts))
     (folder / "reference.txt").write_text(text)
     return folder
 

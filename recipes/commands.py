@@ -1,0 +1,101 @@
+"""What the front door does without an operation: scan, ask, compare, upload."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.columns import Columns
+from rich.console import Console
+from rich.markup import escape
+from rich.panel import Panel
+from rich.table import Table
+
+from curvature.artifacts import write_json
+from evals.ask import say
+from evals.report import runs_table
+from evals.standins import recited_windows, texts_to_scan
+from evals.verdict import read_results
+from recipes.patient import fit, load_model, path_of
+from recipes.recipe import Recipe
+from surgery.publish import push_to_hub
+
+
+def on_finished_run(recipe: Recipe) -> None:
+    """`--ask` and `--push-to-hub` on the folder of a finished run."""
+    folder = Path(recipe.run or str(recipe.out))
+    trained = read_results(folder)["recipe"]["model"]
+    checkpoint = folder / "checkpoint"
+    if not (checkpoint / "config.json").is_file():
+        raise ValueError(f"{checkpoint}: expected the checkpoint of a finished run")
+    if recipe.ask is not None:
+        ask(recipe, recipe.ask, path_of(trained), checkpoint)
+    if recipe.push_to_hub is not None:
+        print(f"uploaded    {push_to_hub(checkpoint, recipe.push_to_hub)}")
+    if recipe.ask is None and recipe.push_to_hub is None:
+        raise ValueError("--run needs --ask or --push-to-hub: what shall be done with this run?")
+
+
+def ask(recipe: Recipe, prompt: str, base: str | Path, checkpoint: Path) -> None:
+    """What base and edited say to one prompt, side by side, and how the probe reads the answer of
+    the edited one where the run has taught."""
+    taught = checkpoint.parent / "taught"
+    said = {
+        name: say(folder, prompt, trust_remote_code=recipe.trust_remote_code)
+        for name, folder in (("base", base), ("edited", checkpoint), ("taught", taught))
+        if name != "taught" or (taught / "config.json").is_file()
+    }
+    probe = next(checkpoint.parent.glob("**/probe.safetensors"), None)
+    if probe is not None:
+        from rl.monitor import Monitor
+
+        answer = Monitor.load(checkpoint, probe.parent).answer([prompt], temperature=0.0)[0]
+        said["probe"] = f"{answer.probability:.0%} likely to be right: {answer.text.strip()}"
+    if recipe.quiet or not sys.stdout.isatty():
+        for name, text in said.items():
+            print(f"{name}\t{' '.join(text.split())}")
+        return
+    panels = [Panel(escape(text) or "(nothing)", title=name) for name, text in said.items()]
+    Console().print(Columns(panels, equal=True, expand=True))
+
+
+def scan(recipe: Recipe) -> None:
+    """`--scan-only`: which windows of a text the model recites; `scan.json` in the run folder."""
+    recipe = fit(recipe)
+    model, tokenizer, _ = load_model(dataclasses.replace(recipe, quiet=True))
+    texts = texts_to_scan(recipe.memorized, organism=recipe.model == "organism")
+    items, scores = recited_windows(
+        model,
+        tokenizer,
+        texts,
+        prefix_tokens=recipe.prefix_tokens,
+        suffix_tokens=recipe.suffix_tokens,
+        batch_size=recipe.judge_batch_size,
+        progress="scan",
+    )
+    folder = Path(str(recipe.out))
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [
+        {"text": item.family, "prompt": item.prompt, "target": item.target}
+        | {"recited": score.strict, "right": score.right}
+        for item, score in zip(items, scores, strict=True)
+    ]
+    write_json(folder / "scan.json", rows)
+    recited = Counter(row["text"] for row in rows if row["recited"])
+    for name, count in Counter(row["text"] for row in rows).items():
+        if not recipe.quiet and recited[name]:
+            print(f"{recited[name]:>6} of {count:<6} {name}")
+    total = sum(recited.values())
+    print(f"recited     {total} of {len(rows)} windows\nscan        {folder / 'scan.json'}")
+
+
+def compare_runs(folders: Sequence[str]) -> None:
+    """The numbers of several finished runs, one column each."""
+    runs = runs_table(folders)
+    table = Table(*runs.columns, box=None)
+    for row in runs.rows:
+        table.add_row(*row)
+    Console(soft_wrap=not sys.stdout.isatty()).print(table)

@@ -1,0 +1,409 @@
+"""The stages of the dense edit: the search for the goals, hardening, the cut and its cost."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from curvature.factors import Factors
+from curvature.memory import RowsAtOnce
+from curvature.populations import Population
+from curvature.stages import Stage
+from curvature.targets import Target, select_targets
+from evals.judge import judge
+from recipes.measure import ROUND_SHARE, kept_factors, measure, measure_all, plan_dense, strengths
+from recipes.patient import ATTACK_TOKENS, Run
+from recipes.recipe import goals_of
+from surgery.operate import operate
+from surgery.plan import load_plan, save_plan
+from surgery.predict import plan_deltas, population_loss, predict_cost, quadratic_cost
+from surgery.rankings import RANKINGS
+from surgery.rounds import halves, joined, memory_scales, next_round, relearned
+from surgery.search import Axis, Goals, Outcome, best_layers, miss, objective, search
+
+HARDEN_STEPS, HARDEN_LR = 40, 3e-4
+"""Steps and learning rate of the relearning that a hardening round is measured on."""
+
+
+def tune_figures(run: Run, model: PreTrainedModel) -> dict[str, Any]:
+    """What a candidate is chosen by: the tune split, without the harness, which starts slowly."""
+    r, tune = run.recipe, run.patient.material.tune
+    judgement = judge(
+        model,
+        run.patient.tokenizer,
+        tune,
+        batch_size=r.judge_batch_size,
+        harness=False,
+        width=r.width,
+    )
+    figures = judgement.figures(tune)
+    # the others need the base's logits
+    return {k: v for k, v in figures.items() if k not in ("loose", "kl", "gibberish")}
+
+
+def outcome_of(point: dict[str, Any], base: dict[str, Any]) -> Outcome:
+    """A candidate's figures over the base's; what the patient cannot do at all counts as kept."""
+
+    def share(name: str, missing: float) -> float:
+        return (point[name] or 0.0) / base[name] if base.get(name) else missing
+
+    return Outcome(
+        recall=share("recall", 0.0),
+        reasoning=share("reasoning", 1.0),
+        perplexity=share("perplexity", 1.0),
+        others=min(share("arithmetic", 1.0), share("listed", 1.0)),
+    )
+
+
+def strength_stage(run: Run, factors: dict[str, dict[str, Factors]]) -> None:
+    """The search for the goals on the tune split: every candidate judged, the best one chosen, and
+    the published edit beside it."""
+    r, tune = run.recipe, run.patient.material.tune
+    depends = {"factors": run.stages.done["factors"].fingerprint, "tune": tune.sha256}
+    base = run.stages.run(
+        "try-base",
+        {**depends, "batch": r.judge_batch_size},
+        lambda _: tune_figures(run, run.patient.model),
+    ).value
+    goals = goals_of(r)
+    result, points = None, []
+    if r.method != "none":
+        ranking, layers = RANKINGS[r.method], placements(run)
+        low, high = (0.002, 0.02) if r.in_rounds else ranking.span
+        space: dict[str, Axis] = {"strength": Axis(min(low, high), max(low, high), log=ranking.log)}
+        start: list[dict[str, Any]] = [
+            {"strength": x} for x in ([0.005] if r.in_rounds else strengths(ranking, r.candidates))
+        ]
+        if r.in_rounds and len(layers) > 1:
+            space["layers"] = Axis(choices=tuple(layers))
+            start = [{**s, "layers": next(iter(layers))} for s in start]
+        if r.strength is not None:
+            start = [{**start[0], "strength": r.strength}]
+
+        def points_of(settings: dict[str, Any]) -> list[dict[str, Any]]:
+            return [s.value for s in tries(run, factors, goals, base, settings, layers)]
+
+        def evaluate(settings: dict[str, Any]) -> Outcome:
+            outcomes = [outcome_of(p, base) for p in points_of(settings)]
+            return min(outcomes, key=lambda o: objective(goals, o))
+
+        evaluations = 1 if r.strength is not None else r.candidates
+        result = search(
+            dataclasses.replace(goals, shrink=None),
+            space,
+            evaluate,
+            evaluations=evaluations,
+            journal=run.folder / "search.journal",
+            # the first one is evaluated in any case
+            predict=(lambda settings: predicted_cost(run, factors, settings, layers))
+            if evaluations > 1
+            else None,
+            start=start,
+            seed=r.seed,
+            key=str(run.stages.done["try-base"].fingerprint),
+        )
+        for candidate in result.candidates:
+            if candidate.outcome is not None:
+                points += points_of(candidate.settings)
+    chosen = None
+    if points:
+        pool = points[-1:] if r.strength is not None else points
+        chosen = min(pool, key=lambda p: objective(goals, outcome_of(p, base)))
+    published = [] if r.method == "kfac" else tries_once(run, factors, "kfac", 4)
+
+    def compute(_: Path) -> Any:
+        met = chosen is not None and miss_of(goals, chosen, base) == 0
+        return {
+            "base": base,
+            "candidates": points + [s.value for s in published],
+            "chosen": chosen,
+            "goal_met": met,
+            "sentence": result.sentence if result is not None and not met else "",
+            "skipped": [dataclasses.asdict(c) for c in result.candidates if c.skipped]
+            if result is not None
+            else [],
+        }
+
+    marks = [s.fingerprint for s in run.stages.done.values() if s.name.startswith("try-")]
+    run.stages.run("strength", {**depends, "tries": marks, "goals": goals, "of": r.method}, compute)
+
+
+def miss_of(goals: Goals, point: dict[str, Any], base: dict[str, Any]) -> float:
+    """By how much a candidate misses the goals that a dense edit can meet."""
+    return miss(dataclasses.replace(goals, shrink=None), outcome_of(point, base))
+
+
+def placements(run: Run) -> dict[str, str | None]:
+    """Layers that the search may choose between, by name: all that the recipe allows, and the half
+    that the layer map favours."""
+    r = run.recipe
+    found = run.stages.done["factors"].value["layers"].get("values", {})
+    layers = {int(k): float(v) for k, v in found.items()}
+    if r.candidates == 1 or len(layers) < 2 or r.strength is not None:
+        return {"all": r.layers}
+    best = best_layers(layers, max(1, len(layers) // 2))
+    return {"all": r.layers, "half": ",".join(map(str, best))}
+
+
+def predicted_cost(
+    run: Run,
+    factors: dict[str, dict[str, Factors]],
+    settings: dict[str, Any],
+    layers: dict[str, str | None],
+) -> float:
+    """Predicted cost of a candidate to the kept text, nats per token: the Kronecker form of its
+    first cut, times the square of the number of rounds that it may make."""
+    r = run.recipe
+    where = layers[settings.get("layers", "all")]
+    plan = plan_dense(run, factors, r.method, settings["strength"], where)
+    cost = quadratic_cost(
+        plan_deltas(run.patient.model, plan), kept_factors(factors, r.keep_weights)
+    )
+    return cost * (r.rounds**2 if r.in_rounds else 1)
+
+
+def tries(
+    run: Run,
+    factors: dict[str, dict[str, Factors]],
+    goals: Goals,
+    base: dict[str, Any],
+    settings: dict[str, Any],
+    layers: dict[str, str | None],
+) -> list[Stage]:
+    """One candidate of the search: a single cut, or the path of cuts up to where it no longer keeps
+    what it must. Every cut is a stage."""
+    r, model = run.recipe, run.patient.model
+    if not r.in_rounds:
+        return tries_once(run, factors, r.method, 0, [settings["strength"]])
+    where = settings.get("layers", "all")
+    kept_goals = dataclasses.replace(goals, forget=None)
+    names = ("eps", "keep_weights", "width", "batch_size", "seed", "targets", "factor_tokens")
+    path: list[Stage] = []
+    for number in range(1, r.rounds + 1):
+        before = path[-1] if path else None
+        depends = {
+            "before": before.fingerprint if before else run.stages.done["factors"].fingerprint,
+            "settings": settings,
+            "layers": layers[where],
+            "tune": run.patient.material.tune.sha256,
+            **{k: getattr(r, k) for k in names},
+        }
+
+        def compute(folder: Path, number: int = number, before: Stage | None = before) -> Any:
+            start = (
+                model
+                if before is None
+                else operate(model, load_plan(before.folder), copy_model=True, check=False)
+            )
+            targets = select_targets(start, r.targets, layers[where])
+            if before is None:
+                measured = factors
+                scales = memory_scales(factors, r.keep_weights, [t.name for t in targets])
+            else:
+                measured = measure(run, start, targets, f"round {number}", ROUND_SHARE)
+                scales = before.value["scales"]
+            about = {"method": r.method, **settings, "rounds": number, "scales": scales}
+            strength = settings["strength"]
+            return about | cut_once(run, start, measured, scales, targets, number, strength, folder)
+
+        name = f"try-{r.method}-{where}-{settings['strength']:.3g}-{number}"
+        path.append(run.stages.run(name, depends, compute))
+        if r.strength is None and miss_of(kept_goals, path[-1].value, base) > 0:
+            break
+    return path
+
+
+def cut_once(
+    run: Run,
+    start: nn.Module,
+    measured: dict[str, dict[str, Factors]],
+    scales: dict[str, float],
+    targets: list[Target],
+    number: int,
+    strength: float,
+    folder: Path,
+) -> dict[str, Any]:
+    """One cut of a path: its plan, from the patient on, is saved in `folder`; its figures on the
+    tune split are returned."""
+    r = run.recipe
+    cut = next_round(
+        start,
+        measured,
+        scales,
+        number=number,
+        strength=strength,
+        targets=targets,
+        keep=r.keep_weights,
+        seed=r.seed,
+        eps=r.eps,
+    )
+    save_plan(joined(run.patient.model, cut.model, cut.plan, number), folder)
+    return {**tune_figures(run, cast("PreTrainedModel", cut.model)), "energy": cut.energy}
+
+
+def harden_stage(run: Run) -> None:
+    """Further rounds against what an attacker would bring back: half of the edit split's memories
+    is relearned on a copy, and the margins of the other half that return are cut out of the edit.
+    Ends before the goals are missed."""
+    r, model, done = run.recipe, run.patient.model, run.stages.done
+    base, chosen = done["try-base"].value, done["strength"].value["chosen"]
+    if not r.harden or not r.in_rounds:
+        return
+    goals, where = dataclasses.replace(goals_of(r), forget=None), chosen.get("layers", "all")
+    layers = placements(run)[where]
+    parts = halves(run.patient.material.memorized)
+    before = tried_stage(run)
+    names = ("eps", "keep_weights", "width", "batch_size", "seed", "targets", "factor_tokens")
+    for number in range(1, r.harden + 1):
+        depends = {"before": before.fingerprint, "layers": layers, "lr": HARDEN_LR}
+        depends |= {k: getattr(r, k) for k in names}
+
+        def compute(folder: Path, number: int = number, before: Stage = before) -> Any:
+            start = operate(model, load_plan(before.folder), copy_model=True, check=False)
+            targets = select_targets(start, r.targets, layers)
+            attacked = relearned(
+                start,
+                run.patient.tokenizer,
+                parts[number % 2],
+                steps=HARDEN_STEPS,
+                lr=HARDEN_LR,
+                batch_size=max(1, ATTACK_TOKENS // r.width),
+                width=r.width,
+                seed=r.seed + number,
+                progress=f"harden {number}: relearning",
+            )
+            returned = select_targets(attacked, r.targets, layers)
+            title = f"harden {number}"
+            kept = measure(run, start, targets, title, ROUND_SHARE, memorized=False)
+            gone = {f"memorized/{p.name}": p for p in parts[1 - number % 2]}
+            back = measure_all(run, attacked, returned, gone, title, ROUND_SHARE)
+            rounds, strength = chosen["rounds"] + number, 2 * chosen["strength"]
+            measured, scales = {**kept, **back}, chosen["scales"]
+            done = cut_once(run, start, measured, scales, targets, rounds, strength, folder)
+            return {**chosen, "hardened": number, **done}
+
+        before = run.stages.run(f"harden-{number}", depends, compute)
+        if miss_of(goals, before.value, base) > 0:
+            break
+
+
+def tried_stage(run: Run) -> Stage:
+    """The stage of the candidate that the search chose."""
+    chosen = run.stages.done["strength"].value["chosen"]
+    return next(s for n, s in run.stages.done.items() if n.startswith("try-") and s.value == chosen)
+
+
+def hardened(run: Run) -> list[Stage]:
+    """The hardening rounds that kept what must be kept."""
+    base = run.stages.done["try-base"].value
+    goals = dataclasses.replace(goals_of(run.recipe), forget=None)
+    found = [s for n, s in run.stages.done.items() if n.startswith("harden-")]
+    return [s for s in found if miss_of(goals, s.value, base) == 0]
+
+
+def tries_once(
+    run: Run,
+    factors: dict[str, dict[str, Factors]],
+    method: str,
+    n: int,
+    values: Sequence[float] | None = None,
+) -> list[Stage]:
+    """Single cuts by `method`, at `n` strengths over its span or at the given ones."""
+    r, done = run.recipe, []
+    for value in strengths(RANKINGS[method], n) if values is None else values:
+        depends = {
+            "factors": run.stages.done["factors"].fingerprint,
+            "tune": run.patient.material.tune.sha256,
+            "method": method,
+            "strength": value,
+            **{k: getattr(r, k) for k in ("eps", "keep_weights", "seed", "targets", "layers")},
+        }
+
+        def compute(_: Path, value: float = value) -> Any:
+            plan = plan_dense(run, factors, method, value, r.layers)
+            edited = operate(run.patient.model, plan, copy_model=True, check=False)
+            figures = tune_figures(run, cast("PreTrainedModel", edited))
+            return {"method": method, "strength": value, "rounds": 1, **figures}
+
+        done.append(run.stages.run(f"try-{method}-{value:.4g}", depends, compute))
+    return done
+
+
+def cut_stage(run: Run, factors: dict[str, dict[str, Factors]]) -> PreTrainedModel:
+    """The dense edit that the search chose."""
+    r = run.recipe
+    if r.method == "none":
+        return run.patient.model
+    chosen = run.stages.done["strength"].value["chosen"]
+    tried = [s for s in (tried_stage(run), *hardened(run)) if (s.folder / "plan.json").exists()]
+    settings = {k: chosen.get(k) for k in ("method", "strength", "rounds", "layers")}
+    depends = {
+        "factors": run.stages.done["factors"].fingerprint,
+        "tried": tried[-1].fingerprint if tried else None,
+        **settings,
+        **{k: getattr(r, k) for k in ("eps", "keep_weights", "seed", "targets")},
+    }
+
+    def compute(folder: Path) -> Any:
+        plan = (
+            load_plan(tried[-1].folder)
+            if tried
+            else plan_dense(run, factors, r.method, chosen["strength"], r.layers)
+        )
+        save_plan(plan, folder)
+        return {**settings, "removed": plan.removed, "total": plan.total}
+
+    stage = run.stages.run("cut", depends, compute)
+    return cast(
+        "PreTrainedModel", operate(run.patient.model, load_plan(stage.folder), copy_model=True)
+    )
+
+
+def cost_stage(run: Run) -> None:
+    """What the dense edit was predicted to cost each population, beside what it did cost."""
+    r, material = run.recipe, run.patient.material
+    if r.method == "none":
+        return
+    cut = run.stages.done["cut"]
+    depends = {
+        "cut": cut.fingerprint,
+        **{k: getattr(r, k) for k in ("width", "batch_size", "seed", "cost_tokens")},
+    }
+
+    def compute(_: Path) -> Any:
+        plan, tokenizer = load_plan(cut.folder), run.patient.tokenizer
+        edited = operate(run.patient.model, plan, copy_model=True, check=False)
+        deltas = plan_deltas(run.patient.model, plan)
+
+        def costs(population: Population, rows: int) -> dict[str, Any]:
+            batching: dict[str, Any] = {
+                "tokens": r.cost_tokens,
+                "width": r.width,
+                "batch_size": rows,
+                "seed": r.seed,
+            }
+            cost = predict_cost(run.patient.model, tokenizer, population, deltas, **batching)
+            before = population_loss(run.patient.model, tokenizer, population, **batching)
+            measured = population_loss(edited, tokenizer, population, **batching) - before
+            return {
+                "name": population.name,
+                "first_order": cost.first,
+                "second_order": cost.second,
+                "predicted": cost.total,
+                "measured": measured,
+                "tokens": cost.tokens,
+            }
+
+        at_once = RowsAtOnce("cost", "batch_size", r.batch_size)
+        return [
+            at_once.run(partial(costs, population))
+            for population in (*material.keep, *material.memorized)
+        ]
+
+    run.stages.run("cost", depends, compute)

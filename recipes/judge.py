@@ -1,0 +1,164 @@
+"""The stages that judge and attack: what every arm is asked."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from curvature.artifacts import model_sha256
+from curvature.memory import RowsAtOnce
+from curvature.processes import is_main
+from evals.attacks import MEMORIES, UNRELATED, Curve, relearn, robustness, row_width
+from evals.generation import generate
+from evals.judge import judge
+from evals.speed import compare_speed
+from recipes.patient import ATTACK_TOKENS, Run
+from recipes.recipe import Recipe, benchmarks
+
+
+def judge_stage(run: Run, arm: str, model: PreTrainedModel) -> None:
+    """Ask a model everything in the test split, and read it beside the base."""
+    r, test = run.recipe, run.patient.material.test
+    tokenizer = run.tokenizer(arm)
+    same_words = tokenizer.get_vocab() == run.patient.tokenizer.get_vocab()
+    depends = {
+        "base": run.patient.sha256,
+        "test": test.sha256,
+        "judged": model_sha256(model),
+        "tokens": tokenizer.get_vocab(),
+        "width": r.width,
+        "benchmarks": benchmarks(r),
+    }
+
+    def compute(_: Path) -> Any:
+        judgement = judge(
+            model,
+            tokenizer,
+            test,
+            # another vocabulary has other events: no divergence from it
+            base=run.patient.model if arm != "base" and same_words else None,
+            benchmarks=benchmarks(r) if r.tasks else None,
+            batch_size=r.judge_batch_size,
+            width=r.width,
+            progress=arm,
+        )
+        return judgement.to_json()
+
+    run.stages.run(f"judge-{arm}", depends, compute)
+
+
+def attack_stage(run: Run, arm: str, model: PreTrainedModel) -> None:
+    """Would the forgotten come back? Fine-tune copies on the edit split's memories and on unrelated
+    text, and score the held-out memories; round, sample and prompt without training."""
+    r, material, tokenizer = run.recipe, run.patient.material, run.tokenizer(arm)
+    if not r.attack_steps:
+        return
+    groups = {"held out": list(material.test.headline())}
+    never = [i for i in material.test.memories if i.exposure == 0 and i.targeted]
+    if never:
+        groups["never seen"] = never
+    pairs = {name: [(i.prompt, i.target) for i in items] for name, items in groups.items()}
+    depends = {"attacked": model_sha256(model), "material": material.sha256, "seed": r.seed}
+    names = ("attack_steps", "attack_lrs", "attack_everyone", "width")
+    training = {**depends, **{k: getattr(r, k) for k in names}}
+    every_rate = arm == "edited" or r.attack_everyone
+    shown = [
+        (
+            dataclasses.replace(material.relearn, name=MEMORIES),
+            r.attack_lrs if every_rate else (r.middle_lr,),
+        )
+    ]
+    examined = arm in ("base", "edited", *control_arms(r)[:1])
+    if examined:
+        shown.append((dataclasses.replace(material.heal, name=UNRELATED), (r.middle_lr,)))
+
+    def compute(_: Path) -> Any:
+        curves: list[Curve] = []
+        for population, lrs in shown:
+            width = row_width(population, tokenizer, r.width)
+            curves += relearn(
+                model,
+                tokenizer,
+                population,
+                pairs,
+                arm=arm,
+                lrs=lrs,
+                steps=r.attack_steps,
+                every=max(1, r.attack_steps // 2),
+                batch_size=max(1, ATTACK_TOKENS // width),
+                width=width,
+                judge_batch_size=r.judge_batch_size,
+                seed=r.seed,
+                progress=f"attack {arm}",
+            )
+        return [{**dataclasses.asdict(c), "area": c.area} for c in curves]
+
+    def without_training(_: Path) -> Any:
+        rows = robustness(
+            model,
+            tokenizer,
+            groups,
+            arm=arm,
+            neighbours={p.name: [d.text for d in p.documents] for p in material.memorized},
+            delimiter=material.test.separator,
+            batch_size=r.judge_batch_size,
+            seed=r.seed,
+        )
+        return [dataclasses.asdict(row) for row in rows]
+
+    run.stages.run(f"attack-{arm}", training, compute)
+    if examined:
+        run.stages.run(f"robustness-{arm}", depends, without_training)
+
+
+def control_arms(recipe: Recipe) -> list[str]:
+    """Names of the controls as arms of the run."""
+    return [f"control-{name}" for name in recipe.controls]
+
+
+def speed_stage(run: Run, edited: PreTrainedModel) -> None:
+    """Tokens per second of both models, side by side."""
+
+    def compute(_: Path) -> Any:
+        if not is_main():
+            # two processes that measure at once measure each other
+            return None
+        at_once = RowsAtOnce("speed", None, 16)
+        base = run.patient.model
+        return dataclasses.asdict(at_once.run(lambda n: compare_speed(base, edited, batch_size=n)))
+
+    run.stages.run("speed", {**run.source, "edited": model_sha256(edited)}, compute)
+
+
+def samples_stage(run: Run, edited: PreTrainedModel) -> None:
+    """What both models say, for the reader: the first memories of each family, and the first
+    problem of each task."""
+    test = run.patient.material.test
+    shown: list[tuple[str, str, str]] = []
+    for family in dict.fromkeys(item.family for item in test.headline()):
+        first = [item for item in test.headline() if item.family == family][:3]
+        shown += [(f"memory ({family})", item.prompt, item.target) for item in first]
+    shown += [(name, d[0].prompt, d[0].answer) for name, d in test.tasks.items() if d[0].prompt]
+
+    def compute(_: Path) -> Any:
+        said = {}
+        for arm, model in (("base", run.patient.model), ("edited", edited)):
+            tokenizer = run.tokenizer(arm)
+            lengths = [
+                len(tokenizer(target, add_special_tokens=False)["input_ids"])
+                for _, _, target in shown
+            ]
+            prompts = [prompt for _, prompt, _ in shown]
+            written = generate(model, tokenizer, prompts, new_tokens=lengths)
+            said[arm] = [tokenizer.decode(tries[0]) for tries in written]
+        return [
+            {"kind": kind, "prompt": prompt, "target": target, "base": before, "edited": after}
+            for (kind, prompt, target), before, after in zip(
+                shown, said["base"], said["edited"], strict=True
+            )
+        ]
+
+    run.stages.run("samples", {**run.source, "edited": model_sha256(edited)}, compute)

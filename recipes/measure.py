@@ -1,0 +1,307 @@
+"""The stages that measure: spectrum, factors, the map of the curvature, predictions."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+from transformers import PreTrainedModel
+
+from curvature.artifacts import model_sha256
+from curvature.capture import pieces
+from curvature.eigenbases import eigenbases
+from curvature.factors import Factors, collect_factors, load_factors, save_factors
+from curvature.forward import Labels
+from curvature.memory import RowsAtOnce
+from curvature.populations import Population, batches
+from curvature.progress import bar
+from curvature.spectra import pyhessian_spectra
+from curvature.survey import survey
+from curvature.targets import Target, mlp_blocks, select_targets
+from recipes.patient import Run
+from surgery.plan import Plan
+from surgery.predict import plan_deltas, predict_cost
+from surgery.rankings import RANKINGS, is_memorized, plan_surgery
+from surgery.rankings.base import Ranking, mix_factors
+
+ROUND_SHARE = 0.3
+"""Share of the token budget for measuring again after a round."""
+
+
+def spectrum_stage(run: Run) -> None:
+    """PyHessian on the middle layer's down projection: top eigenvalues, trace and density."""
+    if not run.recipe.spectrum:
+        return
+    r, keep = run.recipe, run.patient.material.keep[0]
+
+    def compute(_: Path) -> Any:
+        blocks = mlp_blocks(run.patient.model)
+        stream = batches(
+            keep, run.patient.tokenizer, width=r.width, batch_size=8, tokens=None, seed=r.seed
+        )
+        batch = next(stream)
+        spectra = RowsAtOnce("spectrum", None, 8).run(
+            lambda rows: pyhessian_spectra(
+                run.patient.model,
+                [part for _, part in pieces(batch, rows)],
+                [blocks[len(blocks) // 2].down],
+                top=2,
+                trace_probes=8,
+                density_steps=20,
+                seed=r.seed,
+                progress="spectrum",
+            )
+        )
+        return {name: dataclasses.asdict(spectrum) for name, spectrum in spectra.items()}
+
+    run.stages.run("spectrum", {**run.source, "width": r.width, "seed": r.seed}, compute)
+
+
+def factors_stage(
+    run: Run, name: str, model: PreTrainedModel, *, memorized: bool = True
+) -> dict[str, dict[str, Factors]]:
+    """Kronecker factors of every target: sampled labels on what is kept, logit margins on what is
+    memorized."""
+    r = run.recipe
+    settings = {
+        k: getattr(r, k)
+        for k in (
+            "factor_tokens",
+            "width",
+            "batch_size",
+            "seed",
+            "targets",
+            "layers",
+            "keep_weights",
+        )
+    }
+    settings |= {"shrinks": run.keep_neurons < 1, "memorized": memorized}
+    depends = {**run.source, "measured": model_sha256(model), **settings}
+    sources = populations_of(run, memorized)
+
+    def compute(folder: Path) -> Any:
+        targets = measured_targets(run, model)
+        factors = measure(run, model, targets, name, memorized=memorized)
+        for key, measured in factors.items():
+            save_factors(factors_file(folder, key), measured, {"population": sources[key].sha256})
+        bases = eigenbases(kept_factors(factors, r.keep_weights))
+        spectra = {
+            n: {"A": spread(b.A.values.flip(0).tolist()), "G": spread(b.G.values.flip(0).tolist())}
+            for n, b in bases.items()
+        }
+        return {
+            "tokens": {
+                key: max(f.tokens for f in measured.values()) for key, measured in factors.items()
+            },
+            "eigenvalues": spectra,
+            "layers": layer_map(factors, targets, r.keep_weights) if memorized else {},
+            "labels": {key: run.labels[key] for key in factors},
+        }
+
+    stage = run.stages.run(name, depends, compute)
+    return {key: load_factors(factors_file(stage.folder, key))[0] for key in sources}
+
+
+def populations_of(run: Run, memorized: bool = True) -> dict[str, Population]:
+    """What is measured, by the name that its factors go under."""
+    material = run.patient.material
+    found = {p.name: p for p in material.keep}
+    return found | ({f"memorized/{p.name}": p for p in material.memorized} if memorized else {})
+
+
+def measure(
+    run: Run,
+    model: nn.Module,
+    targets: Sequence[Target],
+    title: str,
+    share: float = 1.0,
+    memorized: bool = True,
+) -> dict[str, dict[str, Factors]]:
+    """Factors by population: sampled labels on what is kept, margins of what is recited (of all
+    tokens where the patient recites nothing). share: of the token budget."""
+    return measure_all(run, model, targets, populations_of(run, memorized), title, share)
+
+
+def measure_all(
+    run: Run,
+    model: nn.Module,
+    targets: Sequence[Target],
+    populations: dict[str, Population],
+    title: str,
+    share: float = 1.0,
+) -> dict[str, dict[str, Factors]]:
+    """`measure` of the given populations."""
+    r, found = run.recipe, {}
+    labels = run.stages.done["factors"].value["labels"] if "factors" in run.stages.done else {}
+    for key, population in populations.items():
+        likely: Labels = "recited" if population.role == "memorized" else "sampled"
+        ways: tuple[Labels, Labels] = (labels.get(key, likely), "margin")
+        for way in ways:
+            found[key] = collect_factors(
+                model,
+                run.patient.tokenizer,
+                population,
+                targets,
+                labels=way,
+                tokens=round(r.factor_tokens * share),
+                width=r.width,
+                batch_size=r.batch_size,
+                seed=r.seed,
+                # a round asks for A and G alone
+                coupled=share == 1.0,
+                progress=f"{title}: {population.name}",
+            )
+            if key in labels or any(f.G.any() for f in found[key].values()):
+                break
+        run.labels.setdefault(key, way)
+    return found
+
+
+def map_stage(run: Run, factors: dict[str, dict[str, Factors]]) -> None:
+    """Where memorized text lives in the curvature of what is kept, what each group of components
+    hurts, and what the model recites."""
+    r, material = run.recipe, run.patient.material
+    names = "targets layers map_tokens keep_weights width batch_size seed".split()
+    names += ["prefix_tokens", "suffix_tokens"]
+    depends = {"factors": run.stages.done["factors"].fingerprint}
+    depends |= {k: getattr(r, k) for k in names}
+
+    def compute(_: Path) -> Any:
+        return survey(
+            run.patient.model,
+            run.patient.tokenizer,
+            (*material.keep, *material.memorized),
+            select_targets(run.patient.model, r.targets, r.layers),
+            kept_factors(factors, r.keep_weights),
+            {name.removeprefix("memorized/"): f for name, f in factors.items()},
+            material.scan,
+            tokens=r.map_tokens,
+            scan_tokens=100 * r.map_tokens,
+            prefix=r.prefix_tokens,
+            suffix=r.suffix_tokens,
+            width=r.width,
+            batch_size=r.batch_size,
+            seed=r.seed,
+            progress="curvature map",
+        )
+
+    if r.map_tokens:
+        run.stages.run("curvature-map", depends, compute)
+
+
+def measured_targets(run: Run, model: PreTrainedModel) -> list[Target]:
+    """What the edit changes and, where neurons go, every MLP matrix: shrinking is uniform."""
+    chosen = select_targets(model, run.recipe.targets, run.recipe.layers)
+    if run.keep_neurons < 1:
+        chosen += select_targets(model, ("mlp",))
+    return list({target.name: target for target in chosen}.values())
+
+
+def factors_file(folder: Path, population: str) -> Path:
+    return folder / f"{population.replace('/', '-')}.safetensors"
+
+
+def kept_factors(
+    factors: dict[str, dict[str, Factors]], weights: dict[str, float] | None
+) -> dict[str, Factors]:
+    """All kept populations as one."""
+    kept = {name: f for name, f in factors.items() if not is_memorized(name)}
+    return mix_factors(kept, weights)
+
+
+def memorized_factors(factors: dict[str, dict[str, Factors]]) -> dict[str, Factors]:
+    """All memorized populations as one, each weighing the same."""
+    return mix_factors({name: f for name, f in factors.items() if is_memorized(name)})
+
+
+def layer_map(
+    factors: dict[str, dict[str, Factors]],
+    targets: Sequence[Target],
+    weights: dict[str, float] | None,
+) -> dict[str, Any]:
+    """tr(A) tr(G) summed over a layer's targets, on the memories over on the kept text."""
+    sides = {"keep": kept_factors(factors, weights), "memorized": memorized_factors(factors)}
+    energy = {side: dict.fromkeys((t.layer for t in targets), 0.0) for side in sides}
+    for side, measured in sides.items():
+        for target in targets:
+            f = measured[target.name]
+            energy[side][target.layer] += float(f.A.trace() * f.G.trace())
+    ratio = {str(n): energy["memorized"][n] / energy["keep"][n] for n in energy["keep"]}
+    return {"label": "margin energy of memories over curvature of kept text", "values": ratio}
+
+
+def spread(values: list[float], points: int = 128) -> list[float]:
+    """At most `points` of a sorted list, evenly spread, ends included: enough to draw it."""
+    if len(values) <= points:
+        return values
+    return [values[round(k * (len(values) - 1) / (points - 1))] for k in range(points)]
+
+
+def plan_dense(
+    run: Run,
+    factors: dict[str, dict[str, Factors]],
+    method: str,
+    strength: float,
+    layers: str | None,
+) -> Plan:
+    """The plan of a dense edit of the patient."""
+    r, model = run.recipe, run.patient.model
+    settings: dict[str, Any] = {"eps": r.eps} if method == "contrast" else {}
+    return plan_surgery(
+        model,
+        method,
+        factors,
+        strength=strength,
+        seed=r.seed,
+        keep=r.keep_weights,
+        targets=select_targets(model, r.targets, layers),
+        model_hash=run.patient.sha256,
+        **settings,
+    )
+
+
+def strengths(ranking: Ranking, n: int) -> list[float]:
+    """`n` strengths from weak to strong over the ranking's span; shares just below 1 are spaced by
+    what they leave out."""
+    low, high = ranking.span
+    if 0.99 < low < 1:
+        return [float(1 - v) for v in np.geomspace(1 - low, 1 - high, n)]
+    return [float(v) for v in (np.geomspace if ranking.log else np.linspace)(low, high, n)]
+
+
+def prediction_stage(run: Run, factors: dict[str, dict[str, Factors]]) -> list[dict[str, Any]]:
+    """Predicted change of the loss of every population under cuts from weak to strong."""
+    r, material = run.recipe, run.patient.material
+    if r.method == "none":
+        raise ValueError("--plan-only needs a method: there is nothing to predict for none")
+    values = [r.strength] if r.strength is not None else strengths(RANKINGS[r.method], 4)
+    names = ("method", "strength", "eps", "keep_weights", "cost_tokens", "width", "batch_size")
+    depends = {"factors": run.stages.done["factors"].fingerprint, "seed": r.seed}
+    depends |= {k: getattr(r, k) for k in names}
+
+    def compute(_: Path) -> Any:
+        rows = []
+        for value in bar("prediction", values, unit="cuts"):
+            plan = plan_dense(run, factors, r.method, value, r.layers)
+            deltas = plan_deltas(run.patient.model, plan)
+            cost = {
+                p.name: predict_cost(
+                    run.patient.model,
+                    run.patient.tokenizer,
+                    p,
+                    deltas,
+                    tokens=r.cost_tokens,
+                    width=r.width,
+                    batch_size=r.batch_size,
+                    seed=r.seed,
+                ).total
+                for p in (*material.keep, *material.memorized)
+            }
+            rows.append({"method": r.method, "strength": value, "cost": cost})
+        return rows
+
+    return run.stages.run("prediction", depends, compute).value

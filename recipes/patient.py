@@ -1,0 +1,263 @@
+"""The patient with its texts, and what the stages of one run share."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from curvature.artifacts import model_sha256
+from curvature.checkpoint import read_checkpoint, read_shape
+from curvature.estimate import Work, estimate, refuse, report, room
+from curvature.forward import Labels
+from curvature.populations import Population, batches, load_population
+from curvature.processes import is_main, world
+from curvature.recitation import recited_and_rest
+from curvature.stages import Stages
+from curvature.targets import mlp_blocks, select_targets
+from evals import organism
+from evals.evalset import Material, material_from_files
+from evals.organism.tokenizer import build_tokenizer
+from evals.reasoning import check_benchmarks
+from evals.standins import standin_material
+from recipes import context_of, fitted
+from recipes.recipe import Recipe, benchmarks, saved_settings
+from surgery.export import check_exportable
+from surgery.rankings.base import shares_of
+
+ATTACK_TOKENS = 8 * 128
+"""Tokens per step of a relearning attack."""
+
+
+@dataclass(frozen=True)
+class Patient:
+    """The model under the knife with its tokenizer and its texts. sha256: of its weights. dtype: as
+    they were stored."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    material: Material
+    sha256: str
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Run:
+    """What every stage of one run shares."""
+
+    recipe: Recipe
+    patient: Patient
+    stages: Stages
+    folder: Path
+    labels: dict[str, Labels] = dataclasses.field(default_factory=dict)
+    """Whose gradients were measured, by population."""
+    other: PreTrainedTokenizerBase | None = None
+
+    def tokenizer(self, arm: str) -> PreTrainedTokenizerBase:
+        """The tokenizer of an arm; only where two checkpoints are judged may they differ."""
+        return self.other or self.patient.tokenizer if arm == "edited" else self.patient.tokenizer
+
+    @property
+    def keep_neurons(self) -> float:
+        """Share of the neurons that stays: what the goal `shrink` asks for, else as given."""
+        from surgery.shrink import neurons_for
+
+        r = self.recipe
+        if r.shrink is not None:
+            return neurons_for(self.patient.model, r.shrink)
+        return 0.6 if r.keep_neurons is None else r.keep_neurons
+
+    @property
+    def source(self) -> dict[str, str]:
+        """What all stages depend on: the weights and the texts."""
+        return {"model": self.patient.sha256, "material": self.patient.material.sha256}
+
+
+def path_of(model: str) -> str | Path:
+    """Where the model is: a folder or a hub name. Raises ValueError for a folder without one."""
+    path: str | Path = organism.MODEL if model == "organism" else model
+    local = Path(path).exists() or str(path).startswith((".", "/"))
+    if local and not (Path(path) / "config.json").exists():
+        raise ValueError(f"{path}: expected a folder with config.json, weights and a tokenizer")
+    return path
+
+
+def device_of(recipe: Recipe) -> str:
+    """cpu or cuda. Raises ValueError for a GPU that is not there."""
+    if recipe.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            "device cuda: this machine has no GPU that torch can use; use --device cpu"
+        )
+    if recipe.device != "auto":
+        return recipe.device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def fit(recipe: Recipe) -> Recipe:
+    """The recipe with what nobody stated fitted to the model's shape and to the free memory; a run
+    that goes on keeps what it began with."""
+    path = path_of(recipe.model)
+    if recipe.model == "organism":
+        return recipe
+    file = Path(str(recipe.out)) / "recipe.yaml"
+    began = saved_settings(file)
+    config, shape = read_shape(path, recipe.trust_remote_code)
+    gpu = device_of(recipe) == "cuda"
+    free = torch.cuda.mem_get_info()[0] if gpu else psutil.virtual_memory().available
+    sides = [(t.d_in, t.d_out) for b in mlp_blocks(shape) for t in b.targets]
+    settings = fitted(
+        config,
+        parameters=sum(p.numel() for p in shape.parameters()),
+        factor_bytes=sum(8 * (i * i + o * o) for i, o in sides),
+        free_bytes=free,
+        gpu=gpu,
+    )
+    if isinstance(began, dict) and began.get("model") == recipe.model:
+        settings = {k: began.get(k, v) for k, v in settings.items()}
+    known = {f.name for f in dataclasses.fields(Recipe)} - set(recipe.stated)
+    return dataclasses.replace(recipe, **{k: v for k, v in settings.items() if k in known})
+
+
+def work_of(recipe: Recipe) -> Work:
+    """The size of the job, for the estimate of memory and time."""
+    r = recipe
+    arms, kept = 3 + 2 * len(r.controls), 0.6 if r.keep_neurons is None else r.keep_neurons
+    rates = len(r.attack_lrs)
+    runs = 1 + rates + (2 + len(r.controls)) * (rates if r.attack_everyone else 1) + 2
+    attacked = runs * r.attack_steps * ATTACK_TOKENS
+    return Work(
+        width=r.width,
+        batch_size=r.batch_size,
+        judge_batch_size=r.judge_batch_size,
+        populations=5 if r.model == "organism" else 3,
+        factor_tokens=r.factor_tokens,
+        trained_tokens=attacked + (1 + len(r.controls)) * r.heal_tokens,
+        judged_tokens=(arms + 2 * r.candidates) * 3 * r.problems * r.width,
+        keep=kept,
+        trains=bool(r.attack_steps or (r.heal_tokens and kept < 1)),
+    )
+
+
+def look_for_room(recipe: Recipe, path: str | Path, device: str) -> dict[str, Any]:
+    """Print what the run needs beside what is free, refuse what cannot fit, before any weight is
+    read. Returns how to load the weights: spread over all GPUs where one does not hold them."""
+    config, shape = read_shape(path, recipe.trust_remote_code)
+    dtype = torch.float32 if device == "cpu" else config.dtype or torch.float32
+    shape.to(dtype)  # type: ignore[arg-type]
+    chosen = select_targets(shape, recipe.targets, recipe.layers)
+    work = work_of(recipe)
+    if work.keep < 1:
+        chosen += select_targets(shape, ("mlp",))
+    needed = estimate(shape, list({t.name: t for t in chosen}.values()), work)
+    free = room(device, str(recipe.out))
+    if is_main() and not recipe.quiet:
+        print(report(needed, free), flush=True)
+    refuse(needed, free)
+    if device == "cpu" or torch.cuda.device_count() == 1 or world() > 1:
+        return {}
+    return {"device_map": "auto"} if needed.memory > torch.cuda.mem_get_info()[0] else {}
+
+
+def load_model(
+    recipe: Recipe, model_name: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, torch.dtype]:
+    """Model (the patient, or the one named) and tokenizer on their device, ready to be read; and
+    the dtype as it was stored."""
+    path, device = path_of(model_name or recipe.patient), device_of(recipe)
+    spread = {} if model_name else look_for_room(recipe, path, device)
+    model, tokenizer = read_checkpoint(path, recipe.trust_remote_code, **spread)
+    dtype = model.dtype
+    # Half precision has no fast kernels on most CPUs, and second derivatives need fp32 in any case.
+    model = model.float() if device == "cpu" else model
+    model = model if spread else model.to(torch.device(device))  # type: ignore[arg-type]
+    return model.eval(), tokenizer, dtype
+
+
+def load(recipe: Recipe) -> Patient:
+    """The patient and its texts, checked as far as can be known before any long work."""
+    of_the_organism = recipe.model == "organism" and recipe.memorized in (None, "scan")
+    own_texts = bool(recipe.memorized) and not of_the_organism
+    if own_texts != bool(recipe.reasoning):
+        raise ValueError(
+            f"--model {recipe.model} needs both --memorized (text that must go) and --reasoning "
+            "(text that must stay), or neither: then built-in texts stand in"
+        )
+    model, tokenizer, dtype = load_model(recipe)
+    # the world's texts are for models of that world: others are asked the built-in ones
+    of_the_world = tokenizer.get_vocab() == build_tokenizer().get_vocab()
+    standins = not own_texts and not (recipe.model == "organism" and of_the_world)
+    if recipe.tasks:
+        check_benchmarks(benchmarks(recipe), tokenizer)
+    context = context_of(model.config)
+    if recipe.prefix_tokens + recipe.suffix_tokens + 1 > context:
+        raise ValueError(
+            f"--prefix-tokens {recipe.prefix_tokens} and --suffix-tokens {recipe.suffix_tokens} "
+            f"do not fit into the context of {recipe.model}, {context} tokens: make them shorter"
+        )
+    if recipe.width > context:
+        raise ValueError(
+            f"--width {recipe.width} is longer than the context of {recipe.model}, {context} tokens"
+        )
+    if not recipe.evals_only:
+        check_exportable(model)
+        select_targets(model, recipe.targets, recipe.layers)
+        mlp_blocks(model, recipe.layers)
+    memorized: str | Population = str(recipe.memorized)
+    reference: str | Population = recipe.reference or str(recipe.reasoning)
+    if recipe.memorized == "scan":
+        if recipe.model == "organism":
+            searched = organism.scan_population()
+        elif recipe.reference:
+            searched = load_population(recipe.reference, "reference", limit=20_000)
+        else:
+            raise ValueError("--memorized scan needs --reference: the text to search")
+        memorized, reference = recited_and_rest(
+            model,
+            tokenizer,
+            searched,
+            prefix=recipe.prefix_tokens,
+            suffix=recipe.suffix_tokens,
+            batch_size=recipe.judge_batch_size,
+            progress="scan",
+        )
+    if not own_texts and not standins:
+        seed = organism.organism_seed()
+        material = organism.material(seed, families=recipe.families, problems=recipe.problems)
+        if isinstance(memorized, Population):
+            # a window is as long as a passage: of the families, a scan can find only these
+            material = organism.material(seed, families=("passage",), problems=recipe.problems)
+            material = dataclasses.replace(material, memorized=(memorized,))
+    elif standins:
+        material = standin_material(
+            model,
+            tokenizer,
+            prefix_tokens=recipe.prefix_tokens,
+            suffix_tokens=recipe.suffix_tokens,
+            width=recipe.width,
+            problems_per_task=recipe.problems,
+            seed=recipe.seed,
+            batch_size=recipe.judge_batch_size,
+        )
+    else:
+        material = material_from_files(
+            tokenizer,
+            memorized=memorized,
+            reasoning=str(recipe.reasoning),
+            reference=reference,
+            prefix_tokens=recipe.prefix_tokens,
+            suffix_tokens=recipe.suffix_tokens,
+            problems=recipe.problems,
+            seed=recipe.seed,
+        )
+    if not recipe.evals_only:
+        shares_of({p.name: {} for p in material.keep}, recipe.keep_weights)
+    for population in (*material.keep, *material.memorized):
+        # one pass over the tokens raises for a problem that does not fit into a row
+        for _ in batches(population, tokenizer, width=recipe.width, batch_size=recipe.batch_size):
+            pass
+    return Patient(model, tokenizer, material, model_sha256(model), dtype)

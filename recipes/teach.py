@@ -1,0 +1,103 @@
+"""The stage that teaches the result to say what it does not know."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from recipes.patient import Run, load_model
+from recipes.recipe import Recipe
+from recipes.terminal import announce, silence
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from rl.questions import Questions
+    from rl.teach import Teaching
+
+
+def questions_of(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Questions:
+    """What to teach with: the user's file, or the organism's own questions. Raises ValueError where
+    there is neither, or the extra is not installed."""
+    from importlib.util import find_spec
+
+    missing = [name for name in ("trl", "peft", "sklearn") if find_spec(name) is None]
+    if missing:
+        raise ValueError(f"teaching needs {', '.join(missing)}: pip install -e '.[rl]'")
+    from evals.organism import organism_seed
+    from evals.organism.tokenizer import build_tokenizer
+    from rl.organism import organism_questions
+    from rl.questions import questions_from_file
+
+    if recipe.teach_questions is not None:
+        return questions_from_file(recipe.teach_questions, seed=recipe.seed)
+    if tokenizer.get_vocab() != build_tokenizer().get_vocab():
+        raise ValueError(
+            f"{recipe.teach_only or recipe.model} is not the organism: give --teach-questions, a "
+            ".jsonl file with prompt, answers and entity in each row"
+        )
+    return organism_questions(organism_seed())
+
+
+def teach_in(
+    recipe: Recipe,
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Questions,
+    tasks: dict[str, Any],
+) -> Teaching:
+    """`rl.teach` with this recipe's settings."""
+    from rl import teach
+    from rl.policy import Training
+
+    return teach(
+        model,
+        tokenizer,
+        questions,
+        folder,
+        training=Training(steps=recipe.teach_steps, seed=recipe.seed),
+        arms=recipe.teach_arms,
+        tasks=tasks,
+        line=recipe.teach_line,
+        announce=lambda name: (silence if recipe.quiet else announce)(name, False),
+    )
+
+
+def teach_stage(run: Run, edited: PreTrainedModel, questions: Questions) -> PreTrainedModel:
+    """Teach the edited model; `teach/` holds probe, frozen copy and arms, `taught/` the result."""
+    from curvature.artifacts import fingerprint, model_sha256
+    from rl.arms import taught_model
+
+    names = ("teach_arms", "teach_steps", "teach_line", "seed")
+    depends = {k: getattr(run.recipe, k) for k in names}
+    depends |= {"start": model_sha256(edited), "questions": dataclasses.asdict(questions)}
+    # a training goes on where it was interrupted, so its folder is its own and not the stage's
+    folder = run.folder / "teach" / fingerprint(**depends)[:12]
+    tasks = {k: d for k, d in run.patient.material.tune.tasks.items() if d[0].prompt}
+
+    def compute(_: Path) -> Any:
+        teaching = teach_in(run.recipe, folder, edited, run.patient.tokenizer, questions, tasks)
+        return {**teaching.to_json(), "folder": str(folder)}
+
+    run.stages.run("teach", depends, compute)
+    taught = taught_model(folder / "arms" / run.recipe.teach_arms[0])
+    return cast("PreTrainedModel", taught.to(run.patient.model.device))
+
+
+def teach_checkpoint(recipe: Recipe) -> None:
+    """`--teach-only`: a checkpoint in, a taught one out, and a table of what it did."""
+    from evals import organism
+    from rl.summary import show_teaching
+
+    checkpoint = str(recipe.teach_only)
+    model, tokenizer, _ = load_model(dataclasses.replace(recipe, model=checkpoint))
+    questions = questions_of(recipe, tokenizer)
+    tasks: dict[str, Any] = {}
+    if recipe.teach_questions is None:
+        tune = organism.material(organism.organism_seed()).tune
+        tasks = {k: d for k, d in tune.tasks.items() if d[0].prompt}
+    name = f"runs/{Path(checkpoint).resolve().parent.name}-taught"
+    folder = Path(str(recipe.out) if "out" in recipe.stated else name)
+    show_teaching(teach_in(recipe, folder, model, tokenizer, questions, tasks))
