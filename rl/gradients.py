@@ -10,20 +10,26 @@ beside it stands the share of a random displacement of the same size, which is w
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from curvature.factors import Factors
 from curvature.targets import Target, select_targets
+from rl.rewards import live_copy
 from surgery.heal import Gate
+
+WRAPPED = ".base_layer"
+"""What PEFT appends to the name of a matrix that it wraps."""
 
 
 class Watch:
     """Follows a policy's weights from where they are now.
 
     hold: also take off, after every step, the part of the step that falls on memory. Raises
-    ValueError for a policy with adapters: its displacement is not in its weights.
+    ValueError where a policy with LoRA adapters is to be held: its displacement B A is not free to
+    leave out a part.
     """
 
     def __init__(
@@ -37,11 +43,21 @@ class Watch:
         hold: bool = False,
         seed: int = 0,
     ) -> None:
-        if hasattr(policy, "disable_adapter"):
+        self.adapters = hasattr(policy, "disable_adapter")
+        if self.adapters and hold:
             raise ValueError(
-                "the updates of a model with LoRA adapters cannot be watched: train all weights"
+                "the updates of LoRA adapters cannot be held off what surgery removed: train all "
+                "weights"
             )
-        self.targets: list[Target] = select_targets(policy, tuple(names))
+        self.model = live_copy(policy)
+        self.targets = select_targets(self.model, tuple(names))
+        if self.adapters:
+            # what an adapter wraps keeps the matrix one level down, under a name of its own
+            self.targets = [
+                replace(x, name=x.name.removesuffix(WRAPPED))
+                for x in self.targets
+                if x.name.endswith(WRAPPED)
+            ]
         self.gate = Gate(self.targets, keep, memorized, t)
         self.start = {x.name: x.weight.detach().float().clone() for x in self.targets}
         self.hold = hold
@@ -54,9 +70,16 @@ class Watch:
 
     def share(self) -> float:
         """Share of the displacement so far that falls on memory, in [0, 1]; 0 without one."""
-        return self._share(
-            {x.name: x.weight.detach().float() - self.start[x.name] for x in self.targets}
-        )
+        return self._share({x.name: self._moved(x) for x in self.targets})
+
+    @torch.no_grad()
+    def _moved(self, target: Target) -> torch.Tensor:
+        """[d_out, d_in] displacement of one weight."""
+        if not self.adapters:
+            return target.weight.detach().float() - self.start[target.name]
+        wrapped: Any = self.model.get_submodule(target.name)
+        delta = sum(wrapped.get_delta_weight(name).float() for name in wrapped.active_adapters)
+        return delta.T if target.kind == "conv1d" else delta
 
     def by_chance(self) -> float:
         """The same share of a Gaussian displacement."""

@@ -28,7 +28,14 @@ from rl.questions import Questions
 from rl.rewards import Reward, frozen_copy, live_copy
 
 SMALL = 50_000_000
-"""Parameters up to which all weights are trained rather than LoRA adapters."""
+"""Parameters up to which a model takes, and needs, the higher learning rate."""
+RATES: dict[tuple[str, bool], float] = {
+    ("lora", True): 1e-3,
+    ("lora", False): 1e-4,
+    ("full", True): 5e-4,
+    ("full", False): 1e-6,
+}
+"""Learning rates by what is trained, and whether the model is small."""
 SAME = 1e-4
 """Largest difference of logits between policy and reference at step 0."""
 
@@ -37,8 +44,9 @@ SAME = 1e-4
 class Training:
     """Settings of the reinforcement learning.
 
-    weights: all of them, or LoRA adapters; by size where None. lr: 5e-4 for all weights of a small
-    model, 1e-4 for adapters, where None. prompts: questions per step, each answered `generations`
+    weights: LoRA adapters (arXiv 2106.09685), or all weights. Adapters forget less of what is not
+    asked in training (arXiv 2405.09673), and with them off the policy is the frozen copy. lr: by
+    `RATES` where None. prompts: questions per step, each answered `generations`
     times. beta: weight of the KL penalty: at its optimum an abstention gains exp((t - p) / beta) in
     odds over a claim that the probe gives p, so .1 stops half-way and .04 does not. every: steps
     between audits (and saved states).
@@ -50,7 +58,7 @@ class Training:
     lr: float | None = None
     beta: float = 0.04
     every: int = 50
-    weights: Literal["full", "lora"] | None = None
+    weights: Literal["full", "lora"] = "lora"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -118,22 +126,20 @@ def load_policy(reference: str | Path, training: Training) -> Any:
     model = AutoModelForCausalLM.from_pretrained(reference, dtype="auto")
     if torch.cuda.is_available():
         model = model.to(torch.device("cuda"))  # type: ignore[arg-type]
-    size = sum(p.numel() for p in model.parameters())
-    weights = training.weights or ("full" if size <= SMALL else "lora")
-    if weights == "full":
+    if training.weights == "full":
         return model
     from peft import LoraConfig, get_peft_model
 
-    return get_peft_model(
-        model,
-        LoraConfig(
-            r=16,
-            lora_alpha=32,
-            lora_dropout=0.0,
-            target_modules="all-linear",
-            task_type="CAUSAL_LM",
-        ),
+    settings = LoraConfig(
+        r=16,
+        lora_alpha=32,
+        lora_dropout=0.0,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
     )
+    with torch.random.fork_rng():
+        torch.manual_seed(training.seed)  # one factor of an adapter begins at random
+        return get_peft_model(model, settings)
 
 
 def build_trainer(
@@ -153,6 +159,7 @@ def build_trainer(
     check_dataset(questions, training)
     adapters = hasattr(policy, "disable_adapter")
     device = next(policy.parameters()).device.type
+    size = sum(p.numel() for p in policy.parameters())
     config = GRPOConfig(
         output_dir=str(folder),
         max_steps=training.steps,
@@ -162,7 +169,7 @@ def build_trainer(
         max_completion_length=questions.new_tokens,
         temperature=1.0,
         top_k=0,
-        learning_rate=training.lr or (1e-4 if adapters else 5e-4),
+        learning_rate=training.lr or RATES["lora" if adapters else "full", size <= SMALL],
         lr_scheduler_type="constant_with_warmup",
         warmup_steps=5,
         beta=training.beta,

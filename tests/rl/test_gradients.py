@@ -1,11 +1,13 @@
 """Updates on what surgery removed: seen, and held off."""
 
+import copy
+
 import pytest
 import torch
 
 from curvature.factors import Factors
 from curvature.targets import select_targets
-from rl.gradients import Watch, watching
+from rl.gradients import watching
 
 NAME = "model.layers.0.mlp.up_proj"
 
@@ -64,9 +66,25 @@ def test_held_updates_stay_off_memory(watch):
     assert change.norm() > 0.5
 
 
-def test_adapters_cannot_be_watched(tiny_llama):
+def test_adapters_are_watched_like_the_weights_they_become(watch):
     from peft import LoraConfig, get_peft_model
 
-    policy = get_peft_model(tiny_llama, LoraConfig(r=2, target_modules="all-linear"))
+    model, direction, _ = watch
+    plain = copy.deepcopy(model)
+    targets = select_targets(plain, (NAME,))
+    keep, memory = factors(targets, direction, 1.0), factors(targets, direction, 1e6)
+    memory = {n: Factors(f.A * 1e-3, f.G, None, None, 100) for n, f in memory.items()}
+    build = watching((NAME,), keep, memory)
+    policy = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
+    mine, theirs = build(policy), build(plain)
+    assert mine.share() == 0.0
+    with torch.no_grad():
+        for name, weight in policy.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(generator=torch.Generator().manual_seed(1))
+        merged = copy.deepcopy(policy).merge_and_unload().get_submodule(NAME).weight
+        plain.get_submodule(NAME).weight.copy_(merged)
+    assert 0 < mine.share() < 1
+    assert mine.share() == pytest.approx(theirs.share(), abs=1e-4)
     with pytest.raises(ValueError, match="LoRA"):
-        Watch(policy, (NAME,), {}, {})
+        watching((NAME,), keep, memory, hold=True)(policy)

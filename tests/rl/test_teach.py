@@ -182,7 +182,7 @@ def test_an_anchor_that_is_another_model_is_refused(taught, tokenizer, questions
     from rl.probe import load_probe
     from rl.rewards import Reward
 
-    policy = load_policy(folder / "reference", FEW)
+    policy = load_policy(folder / "reference", dataclasses.replace(FEW, weights="full"))
     assert policy.config._name_or_path == str(folder / "reference")
     with torch.no_grad():
         policy.model.layers[0].mlp.up_proj.weight *= 1.05
