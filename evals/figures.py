@@ -29,6 +29,9 @@ from evals.verdict import percent
 BASE, EDITED = "#0072B2", "#D55E00"
 OTHERS = ("#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#999999")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+OUTCOME, WHY, TAUGHT = "Forgotten and kept", "In the curvature", "Taught"
+"""Headings of the figures, in the order of the alphabet: what came out, where it lies in the
+weights, and what teaching did."""
 INK = "#010203"
 """Stands for the page's text colour; replaced by `currentColor` in the SVG."""
 STYLE: Any = {
@@ -55,12 +58,18 @@ STYLE: Any = {
 @dataclass(frozen=True)
 class Drawing:
     """A figure with what a person who does not see it needs. name: file name without suffix. alt:
-    the same in words."""
+    the same in words. section: the heading that it stands under."""
 
     name: str
     title: str
     alt: str
     figure: Figure
+    section: str = OUTCOME
+
+    @property
+    def wide(self) -> bool:
+        """Too wide for one of two columns."""
+        return self.figure.get_figwidth() > 7
 
     @functools.cached_property
     def svg(self) -> str:
@@ -456,12 +465,19 @@ def draw_teaching(teaching: Mapping[str, Any]) -> list[Drawing]:
     )
     with matplotlib.rc_context(STYLE):
         return [
-            Drawing("teaching", "Known against made up", f"{words}.", teaching_arms(teaching)),
+            Drawing(
+                "teaching",
+                "Known against made up",
+                f"{words}.",
+                teaching_arms(teaching),
+                TAUGHT,
+            ),
             Drawing(
                 "teaching-steps",
                 "Reward against truth while training",
                 f"{steps}.",
                 teaching_over_steps(teaching["arms"]),
+                TAUGHT,
             ),
         ]
 
@@ -479,6 +495,8 @@ def whitening(profiles: Mapping[str, Mapping[str, Any]]) -> Figure:
     axes.axhline(1, ls=":", color=INK, lw=0.8)
     axes.set_xlabel("input directions of kept text, flattest first")
     axes.set_ylabel("energy over kept text's")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
     return figure
 
@@ -561,11 +579,14 @@ def _draw_map(found: Mapping[str, Any], add: Callable[..., None]) -> None:
         )
     perturbations = found.get("perturbations")
     if perturbations:
-        words = "; ".join(f"{g['group']} {g['hurts']}" for g in perturbations["groups"])
+        hurt: dict[str, list[str]] = {}
+        for g in perturbations["groups"]:
+            hurt.setdefault(g["hurts"], []).append(g["group"])
+        words = "; ".join(f"{whom} is hurt by {', '.join(by)}" for whom, by in hurt.items())
         add(
             "components",
             "Which components hurt whom",
-            f"Each group is removed, or noise added, and the loss measured. Hurt: {words}.",
+            f"Each group is removed, or noise added, and the loss measured: {words}.",
             component_map,
             perturbations,
         )
@@ -579,6 +600,9 @@ def _draw_map(found: Mapping[str, Any], add: Callable[..., None]) -> None:
             flatness,
             scan,
         )
+
+
+FIRST = ("trade-off", "capabilities", "recall", "reasoning", "relearning")
 
 
 def _trade_off_points(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -598,7 +622,8 @@ def draw_all(results: Mapping[str, Any]) -> list[Drawing]:
 
     def add(name: str, title: str, alt: str, draw: Any, *arguments: Any) -> None:
         with matplotlib.rc_context(STYLE):
-            out.append(Drawing(name, title, alt, draw(*arguments)))
+            section = OUTCOME if name in FIRST else WHY
+            out.append(Drawing(name, title, alt, draw(*arguments), section))
 
     strength = results.get("strength") or {}
     if strength.get("candidates"):

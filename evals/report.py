@@ -4,12 +4,14 @@ its run folder."""
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
 
 from evals.comparison import Interval
 from evals.figures import Drawing, draw_all
@@ -276,12 +278,15 @@ def verdict_table(verdict: Verdict) -> Table:
     for name, value in verdict.to_json().items():
         if name in ("controls", "intervals", "notes"):
             continue
+        if value is None and name not in verdict.notes:
+            continue  # not asked for
         interval = verdict.intervals.get(name)
         between = f"[{interval.low:.3g}, {interval.high:.3g}]" if interval else ""
         rows.append((name, _number(value), between, verdict.notes.get(name, "")))
     return Table(
         "All numbers of the verdict",
-        "As in `results.json`.",
+        "As in `results.json`. Shares are edited over base; seconds, bytes, nats per token. What "
+        "this run was not asked for is left out.",
         ("number", "value", "95 % interval", "note"),
         tuple(rows),
     )
@@ -297,6 +302,8 @@ def mapping_table(title: str, note: str, values: Mapping[str, Any]) -> Table:
                 walk(f"{prefix}.{key}" if prefix else str(key), inner)
         elif isinstance(value, list | tuple):
             rows.append((prefix, ", ".join(map(str, value))))
+        elif value is None:
+            rows.append((prefix, "not set"))
         else:
             rows.append((prefix, _number(value) if isinstance(value, float) else str(value)))
 
@@ -334,12 +341,35 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
         out += teaching_tables(results["teaching"])
     out += map_tables(results.get("curvature_map") or {})
     if results.get("speed"):
-        note = "Both models in one process, alternating; medians. Ratios are edited over base."
-        out.append(mapping_table("Speed and size", note, results["speed"]))
+        out.append(speed_table(results["speed"]))
     out.append(verdict_table(verdict))
     out.append(mapping_table("Recipe", "Replaying it repeats the run.", results["recipe"]))
     out.append(mapping_table("Provenance", "Versions, hashes, seeds.", results["provenance"]))
     return out
+
+
+def speed_table(speed: Mapping[str, Any]) -> Table:
+    kinds = {
+        "decode": "tokens per second, one after the other",
+        "prefill": "tokens per second, a batch at once",
+        "parameters": "parameters",
+        "flops": "operations of that batch",
+    }
+    rows = []
+    for kind, words in kinds.items():
+        base, edited = speed[f"{kind}_base"], speed[f"{kind}_edited"]
+        ratio = speed.get(f"{kind}_ratio", edited / base)
+        whole = [f"{round(value):,}" for value in (base, edited)]
+        rows.append((words, *whole, f"{ratio:.2f}"))
+    return Table(
+        "Speed and size",
+        f"Both models in one process, alternating, medians of {speed['repeats']} rounds on "
+        f"{speed['device']} with {speed['threads']} threads: {speed['new_tokens']} tokens after a "
+        f"prompt of {speed['prompt_tokens']}, and {speed['batch_size']} such prompts at once. The "
+        "ratio is the median of the rounds' own.",
+        ("figure", "base", "edited", "ratio"),
+        tuple(rows),
+    )
 
 
 def teaching_tables(teaching: Mapping[str, Any]) -> list[Table]:
@@ -604,14 +634,20 @@ def _cell(text: str) -> str:
     return str(text).replace("\n", " ").replace("|", "\\|").replace("`", "'").strip()
 
 
-def _environment(escape: bool) -> Environment:
+def _code(text: str) -> Markup:
+    """What stands between backticks in our own words, as HTML writes it."""
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
+
+
+def _environment(autoescape: bool) -> Environment:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         undefined=StrictUndefined,
-        autoescape=escape,
+        autoescape=autoescape,
         keep_trailing_newline=True,
     )
     environment.filters["cell"] = _cell
+    environment.filters["code"] = _code
     return environment
 
 
@@ -647,16 +683,24 @@ def markdown(results: Mapping[str, Any], drawings: Sequence[Drawing]) -> str:
     )
 
 
-def _cards(verdict: Verdict) -> list[tuple[str, str, str, str]]:
-    """(question, answer, headline figure, what it is): the first screen."""
+def _points(answer: str) -> list[str]:
+    """The statements of an answer, one by one: a list is read faster than a paragraph."""
+    parts = re.split(r"(?:(?<=\.)|;) (?=[^()]*(?:\(|$))", answer)
+    return [part[:1].upper() + part[1:].removesuffix(".") for part in parts]
+
+
+def _cards(verdict: Verdict) -> list[tuple[str, list[str], str, str]]:
+    """(question, statements, headline figure, what it is): the first screen."""
     figures = {
-        "What was forgotten?": (percent(verdict.recall_share), "of the recall is left"),
-        "What was kept?": (percent(verdict.reasoning_share), "of the reasoning"),
-        "How much smaller and faster?": (percent(verdict.parameters_share), "of the parameters"),
+        "What was forgotten?": (percent(verdict.recall_share), "of the exact recall is left"),
+        "What was kept?": (percent(verdict.reasoning_share), "of the reasoning is left"),
+        "How much smaller and faster?": (percent(verdict.parameters_share), "of the parameters are left"),
         "Against what?": (str(len(verdict.controls)), "controls of the same size"),
         "What was taught?": (percent(verdict.hallucination_after), "made-up answers"),
     }
-    return [(question, answer, *figures[question]) for question, answer in answers(verdict)]
+    return [
+        (question, _points(answer), *figures[question]) for question, answer in answers(verdict)
+    ]
 
 
 def html(results: Mapping[str, Any], drawings: Sequence[Drawing]) -> str:

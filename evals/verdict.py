@@ -430,7 +430,7 @@ def answers(verdict: Verdict) -> list[tuple[str, str]]:
         f"({percent(v.recall_base)} before, {percent(v.recall_edited)} after; before healing "
         f"{share('recall_share_before_healing')} of the base). "
         f"Loosely recited: {share('recall_share_loose')}; asked in whichever form shows the most: "
-        f"{share('recall_share_worst_form')}. "
+        f"{share('recall_share_worst_form')}{_which(v, 'recall_share_worst_form')}. "
         f"After the worst relearning attack: {share('recall_share_after_relearning')}"
         f"{_which(v, 'recall_share_after_relearning')}; after the attack that controls were given: "
         f"{share('recall_share_after_matched_relearning')}. "

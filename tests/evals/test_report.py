@@ -156,6 +156,39 @@ def test_the_page_stands_by_itself(run):
     assert "@media print" in text
 
 
+def test_statements_of_the_first_screen_stand_one_by_one(run):
+    from evals.report import _points
+
+    answer = "Recall is 0 % (100 % before; 0 % after). Loosely: 1 %; in any form: 2 % (worst: x)."
+    assert _points(answer) == [
+        "Recall is 0 % (100 % before; 0 % after)",
+        "Loosely: 1 %",
+        "In any form: 2 % (worst: x)",
+    ]
+    cards = re.findall(r'<div class="answer">.*?</div>', (run / "report.html").read_text())
+    assert len(cards) == 4
+    assert all("<li>" in card for card in cards)
+
+
+def test_figures_stand_under_their_headings_and_wide_ones_alone(run):
+    text = (run / "report.html").read_text()
+    first, second = text.index("Forgotten and kept</h2>"), text.index("In the curvature</h2>")
+    for name in FIGURES:
+        at = text.index(f'<figure id="figure-{name}"')
+        early = name in ("trade-off", "capabilities", "recall", "reasoning", "relearning")
+        assert (first < at < second) if early else at > second, name
+    assert re.findall(r'id="figure-([a-z]+)" class="wide"', text) == ["relearning"]
+
+
+def test_what_is_code_in_a_note_is_code_on_the_page_and_nothing_else_is(run):
+    from evals.report import _code
+
+    assert _code("`cut` < x") == "<code>cut</code> &lt; x"
+    notes = re.findall(r'<p class="soft note">(.*?)</p>', (run / "report.html").read_text())
+    assert not any("`" in note for note in notes)
+    assert any("<code>results.json</code>" in note for note in notes)
+
+
 def test_markdown_page_and_results_carry_the_same_numbers(run):
     md, page = (run / "report.md").read_text(), (run / "report.html").read_text()
     for number in ("20 % [", "not available: x", "arithmetic", "random"):
@@ -205,7 +238,7 @@ def test_a_browser_draws_every_figure_without_a_word_on_the_console(run):
             "</body>",
             "<script>document.body.dataset.drawn = "
             "JSON.stringify([...document.querySelectorAll('figure svg')].map("
-            "s => { const b = s.getBBox(); return [s.parentNode.id, b.width > 50 && b.height > 50 "
+            "s => { const b = s.getBBox(); return [s.closest('figure').id, b.width > 50 && b.height > 50 "
             "&& s.clientWidth > 100] }))"
             "</script></body>",
         )
