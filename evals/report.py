@@ -694,7 +694,10 @@ def _cards(verdict: Verdict) -> list[tuple[str, list[str], str, str]]:
     figures = {
         "What was forgotten?": (percent(verdict.recall_share), "of the exact recall is left"),
         "What was kept?": (percent(verdict.reasoning_share), "of the reasoning is left"),
-        "How much smaller and faster?": (percent(verdict.parameters_share), "of the parameters are left"),
+        "How much smaller and faster?": (
+            percent(verdict.parameters_share),
+            "of the parameters are left",
+        ),
         "Against what?": (str(len(verdict.controls)), "controls of the same size"),
         "What was taught?": (percent(verdict.hallucination_after), "made-up answers"),
     }

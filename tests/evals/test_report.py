@@ -238,8 +238,8 @@ def test_a_browser_draws_every_figure_without_a_word_on_the_console(run):
             "</body>",
             "<script>document.body.dataset.drawn = "
             "JSON.stringify([...document.querySelectorAll('figure svg')].map("
-            "s => { const b = s.getBBox(); return [s.closest('figure').id, b.width > 50 && b.height > 50 "
-            "&& s.clientWidth > 100] }))"
+            "s => { const b = s.getBBox(); return [s.closest('figure').id, b.width > 50 && "
+            "b.height > 50 && s.clientWidth > 100] }))"
             "</script></body>",
         )
     )
@@ -267,7 +267,7 @@ def test_every_figure_leaves_ink_on_a_screenshot(run):
     from matplotlib.image import imread
 
     page = (run / "report.html").read_text()
-    figures = re.findall(r'<figure id="figure-[^"]+">.*?</figure>', page, re.DOTALL)
+    figures = re.findall(r'<figure id="figure-[^>]+>.*?</figure>', page, re.DOTALL)
     box = '<div style="height:500px;overflow:hidden">{}</div>'
     boxes = "".join(box.format(figure) for figure in figures)
     head = page[: page.index("<body>")]
