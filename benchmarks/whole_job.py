@@ -2,7 +2,8 @@
 
     python benchmarks/whole_job.py                                   the organism
     python benchmarks/whole_job.py --config recipes/stories260k.yaml --model FOLDER
-    python benchmarks/whole_job.py --processes 1 2                   time against processes
+    python benchmarks/whole_job.py --processes 1 2                   time against processes, and
+                                                                     whether the result is the same
     python benchmarks/whole_job.py --finished runs/organism          the table of a run that is done
 
 Everything that is not known here goes to `run.py` as it is. The run is made in a new folder, in a
@@ -80,6 +81,42 @@ def table(results: dict[str, Any], begun: float | None, total: float | None) -> 
     return out
 
 
+def compare(first: Path, other: Path, console: Console) -> None:
+    """What differs between the results of two runs: the neurons that stay, the weights of the
+    edits, the figures of the verdict."""
+    import torch
+    from safetensors.torch import load_file
+
+    neurons, apart = [], 0.0
+    for path in sorted(first.glob("stages/*/plan.safetensors")):
+        name = path.relative_to(first)
+        if not (other / name).exists():
+            console.print(f"{name}: only in the first run")
+            continue
+        a, b = load_file(path), load_file(other / name)
+        for key in sorted(a):
+            if a[key].shape != b[key].shape or key.endswith("keep"):
+                neurons += [f"{name} {key}"] * (not torch.equal(a[key], b[key]))
+            else:
+                x, y = a[key].double(), b[key].double()
+                apart = max(apart, float((x - y).norm() / x.norm().clamp_min(1e-30)))
+    console.print(
+        f"plans: {'the same neurons' if not neurons else 'other neurons: ' + ', '.join(neurons)}; "
+        f"edited weights apart by at most {apart:.1e} (relative, Frobenius)"
+    )
+    one, two = (
+        json.loads((f / "results.json").read_text(encoding="utf-8"))["verdict"]
+        for f in (first, other)
+    )
+    clocks = ("seconds_total", "peak_memory_bytes", "tokens_per_second_ratio")
+    different = [
+        f"{k} {one[k]:.6g} / {two[k]:.6g}"
+        for k in one
+        if isinstance(one[k], int | float) and k not in clocks and one[k] != two[k]
+    ]
+    console.print(f"figures that differ: {'; '.join(different) or 'none'}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -93,18 +130,20 @@ def main() -> None:
         console.print(table(record, None, None))
         return
     alone = None
-    for processes in known.processes:
-        with tempfile.TemporaryDirectory() as folder:
-            out = Path(folder) / "run"
+    with tempfile.TemporaryDirectory() as folder:
+        outs = [Path(folder) / f"run {n}" for n in range(len(known.processes))]
+        for processes, out in zip(known.processes, outs, strict=True):
             begun, total = measure(arguments, out, processes)
             record = json.loads((out / "results.json").read_text(encoding="utf-8"))
-        console.print(table(record, begun, total))
-        alone = alone or total
-        goal = "within" if begun <= START_GOAL else "above"
-        console.print(
-            f"{processes} process(es): {total:.1f} s, {alone / total:.2f} times the first; "
-            f"start-up {begun:.1f} s, {goal} the goal of {START_GOAL:g} s"
-        )
+            console.print(table(record, begun, total))
+            alone = alone or total
+            goal = "within" if begun <= START_GOAL else "above"
+            console.print(
+                f"{processes} process(es): {total:.1f} s, {alone / total:.2f} times as fast as the "
+                f"first; start-up {begun:.1f} s, {goal} the goal of {START_GOAL:g} s"
+            )
+            if out != outs[0]:
+                compare(outs[0], out, console)
 
 
 if __name__ == "__main__":
