@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from curvature.artifacts import fingerprint, read_metadata, read_tensors, write_tensors
 from curvature.factors import Factors
-from curvature.processes import from_main, gathered
+from curvature.processes import from_main, gathered, is_distributed, rank, world
 from curvature.targets import Target, layer_of
 
 RESIDUAL = 1e-4
@@ -119,23 +119,21 @@ def eigenbases(
         jobs.setdefault(id(A), (f"factor A of {name}", A))
         jobs.setdefault(id(G), (f"factor G of {name}", G))
         pairs[name] = id(A), id(G)
-    distributed = dist.is_available() and dist.is_initialized()
-    rank, world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
     done: dict[int, Eigenbasis] = {}
     order = sorted(jobs, key=lambda k: -len(jobs[k][1]))
     for place, key in enumerate(order):
         label, matrix = jobs[key]
-        if place % world == rank:
+        if place % world() == rank():
             done[key] = eigh(matrix, label)
-    if distributed:
+    if is_distributed():
         for place, key in enumerate(order):
             matrix = jobs[key][1]
             basis = done.get(key) or Eigenbasis(
                 matrix.new_empty(len(matrix)), torch.empty_like(matrix)
             )
             values, vectors = basis.values.contiguous(), basis.vectors.contiguous()
-            dist.broadcast(values, place % world)
-            dist.broadcast(vectors, place % world)
+            dist.broadcast(values, place % world())
+            dist.broadcast(vectors, place % world())
             done[key] = Eigenbasis(values, vectors)
     return {name: TargetEigenbases(done[a], done[g]) for name, (a, g) in pairs.items()}
 

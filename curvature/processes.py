@@ -25,8 +25,12 @@ _objects: Any = None
 """The group that plain data travels in: gloo, also where tensors use NCCL."""
 
 
+_alone = False
+
+
 def is_distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
+    """Whether there are other processes to work with; not so inside `alone`."""
+    return not _alone and dist.is_available() and dist.is_initialized()
 
 
 def rank() -> int:
@@ -39,8 +43,19 @@ def world() -> int:
 
 
 def is_main() -> bool:
-    """Whether this is the process that writes and speaks."""
-    return rank() == 0
+    """Whether this is the process that writes and speaks, also inside `alone`."""
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Work inside is this process's own: nothing in it is shared out, gathered or waited for."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
 
 
 @contextmanager
@@ -101,9 +116,11 @@ def same_weights(model: torch.nn.Module) -> None:
 
 
 def shared_out(work: Sequence[T], one: Callable[[T], R]) -> list[R]:
-    """[one(w) for w in work], each done by one process and known to all. The pieces, and so their
-    results, are the same on any number of processes."""
-    mine = {k: one(work[k]) for k in range(rank(), len(work), world())}
+    """[one(w) for w in work], each done by one process alone and known to all. The pieces, and so
+    their results, are the same on any number of processes."""
+    places = range(rank(), len(work), world())
+    with alone():
+        mine = {k: one(work[k]) for k in places}
     everything: dict[int, R] = {}
     for part in gathered(mine):
         everything |= part

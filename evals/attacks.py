@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from curvature.descent import fine_tune
 from curvature.populations import Population
-from curvature.processes import same_weights
+from curvature.processes import same_weights, shared_out
 from evals.evalset import Item
 from evals.generation import generate
 from evals.memorization import Recitation, encode_pair, recite
@@ -91,7 +91,7 @@ def relearn(
 ) -> list[Curve]:
     """Fine-tune a copy of `model` on `shown` with a fixed budget per learning rate (AdamW, warm-up,
     then constant) and score `groups` of (prompt, target) every so many steps. The model itself is
-    left alone.
+    left alone. Several learning rates are shared out over processes.
 
     start: what `recite` says of all groups' items in order before any step, where that is known; it
     is the same for all learning rates. shown must not hold the scored items: documents that contain
@@ -111,8 +111,8 @@ def relearn(
     everything = [pair for pairs in groups.values() for pair in pairs]
     if start is None:
         start = recite(model, tokenizer, everything, judge_batch_size, refuse=False)
-    curves = []
-    for lr in lrs:
+
+    def at(lr: float) -> list[Curve]:
         attacked = copy.deepcopy(model)
         marks: list[int] = []
         hits: list[np.ndarray] = []
@@ -159,7 +159,7 @@ def relearn(
                 raise
             since = f" after step {marks[-1]}" if marks else ""
             note = f"not available{since}: {error}"
-        first = 0
+        first, curves = 0, []
         for name, pairs in groups.items():
             part = [h[first : first + len(pairs)] for h in hits]
             first += len(pairs)
@@ -176,7 +176,11 @@ def relearn(
                     note,
                 )
             )
-    return curves
+        return curves
+
+    # a single rate is trained in every process and its scoring shared out
+    by_rate = shared_out(lrs, at) if len(lrs) > 1 else [at(lr) for lr in lrs]
+    return [curve for curves in by_rate for curve in curves]
 
 
 @torch.no_grad()

@@ -9,12 +9,14 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from curvature import processes
 from curvature.diagonals import fisher_diagonal
 from curvature.eigenbases import eigenbases
 from curvature.factors import collect_factors, load_factors, save_factors
 from curvature.hutchinson import rademacher
 from curvature.hvp import curvature_product
 from curvature.populations import Population, batches
+from curvature.processes import gathered, is_main, shared_out
 from curvature.targets import select_targets
 from evals.organism import world
 from evals.organism.tokenizer import build_tokenizer
@@ -47,6 +49,11 @@ def main(out: str, documents: int) -> None:
     with curvature_product(model, rows, weights, method="double") as product:
         (hv,) = product(rademacher(weights, torch.Generator().manual_seed(0)))
     rank = dist.get_rank() if dist.is_initialized() else 0
+    # a piece of shared work is its process's own, and what it gathers is its own
+    shares = shared_out([1, 2, 3], lambda k: (k, processes.world(), len(gathered(k)), is_main()))
+    assert [s[:3] for s in shares] == [(k, 1, 1) for k in (1, 2, 3)]
+    assert [s[3] for s in shares] == [True, not dist.is_initialized(), True]
+    assert processes.world() == (dist.get_world_size() if dist.is_initialized() else 1)
     own = collect_factors(model, tokenizer, population, targets, share_out=True, **settings)
     path = Path(f"{out}.factors.safetensors")
     save_factors(path, own, {}, share_out=True)
