@@ -56,8 +56,9 @@ class Work:
 class Estimate:
     """Bytes and floating-point operations of one run in one process (see the module).
 
-    factors: of one population; all that are measured at once, `populations`, stand in memory until
-    they are saved. disk: what the run folder may grow to.
+    factors: of one population. The first measurement writes each population's to the disk before
+    the next and maps them from there; a round holds A and G of all `populations`, half of theirs,
+    and of the two mixtures. disk: what the run folder may grow to.
     """
 
     weights: int
@@ -72,10 +73,15 @@ class Estimate:
     operations: float
 
     @property
+    def held(self) -> int:
+        """Factors that stand in memory at once, in a round."""
+        return (self.populations + 2) * self.factors // 2
+
+    @property
     def memory(self) -> int:
-        """The peak: the factor pass, the judge or the training, whichever is largest."""
+        """The peak: the factor pass, a round, the judge or the training, whichever is largest."""
         return max(
-            2 * self.weights + self.populations * self.factors + self.rows + self.logits,
+            2 * self.weights + self.held + self.rows + self.logits,
             self.weights + self.judge,
             self.training + self.rows + self.logits,
         )
@@ -83,8 +89,7 @@ class Estimate:
     @property
     def least(self) -> int:
         """What is needed with one row at a time, which is where halving the rows ends."""
-        measured = self.populations * self.factors
-        return max(self.weights + measured + self.one_row, self.training + self.one_row)
+        return max(self.weights + self.held + self.one_row, self.training + self.one_row)
 
 
 def parameters_of(model: nn.Module) -> int:
@@ -148,7 +153,7 @@ def estimate(model: nn.Module, targets: Sequence[Target], work: Work) -> Estimat
         one_row=work.width * per_token,
         logits=8 * min(n, max(1, CHUNK // V)) * V,
         judge=work.judge_batch_size * work.width * V * (b + 8),
-        disk=2 * work.populations * factors + b * (P + 4 * kept),
+        disk=(2 * work.populations + 1) * factors + b * (P + 4 * kept),
         operations=operations,
     )
 
@@ -156,12 +161,14 @@ def estimate(model: nn.Module, targets: Sequence[Target], work: Work) -> Estimat
 @dataclass(frozen=True)
 class Room:
     """What this machine has free. memory: of the device that computes, bytes. disk: of the run
-    folder. rate: floating-point operations per second of a matrix product, measured now."""
+    folder. rate: floating-point operations per second of a matrix product, measured now. host: of
+    the processor's own memory, where factors go that would crowd a GPU."""
 
     device: str
     memory: int
     disk: int
     rate: float
+    host: int = 0
 
 
 def room(device: str, folder: str | Path, dtype: torch.dtype = torch.float32) -> Room:
@@ -174,17 +181,16 @@ def room(device: str, folder: str | Path, dtype: torch.dtype = torch.float32) ->
     place = Path(folder).absolute()
     while not place.exists():
         place = place.parent
+    # the launcher's other processes on this machine take as much
+    host = memory = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if device == "cuda":
         memory = sum(torch.cuda.mem_get_info(k)[0] for k in range(torch.cuda.device_count()))
-    else:
-        # the launcher's other processes on this machine take as much
-        memory = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     x = torch.ones(512, 512, device=device, dtype=dtype)
     x @ x
     started = time.perf_counter()
     float((x @ x)[0, 0])
     spent = time.perf_counter() - started
-    return Room(device, memory, shutil.disk_usage(place).free, 2 * 512**3 / spent)
+    return Room(device, memory, shutil.disk_usage(place).free, 2 * 512**3 / spent, host)
 
 
 def report(needed: Estimate, free: Room) -> str:
@@ -214,10 +220,13 @@ def refuse(needed: Estimate, free: Room) -> None:
         )
     if needed.least <= free.memory:
         return
+    beside = max(needed.weights, needed.training) + needed.one_row
+    if free.device == "cuda" and beside <= free.memory and needed.held <= free.host:
+        return
     where = {"cuda": "the GPUs have", "cpu": "this machine has"}[free.device]
     parts = {
         "weights": (needed.weights, "use a machine with more memory or a smaller --model"),
-        "factors": (needed.populations * needed.factors, "choose fewer --layers or --targets"),
+        "factors": (needed.held, "choose fewer --layers or --targets"),
         "one row": (needed.one_row, "lower --width"),
         "training": (
             needed.training - needed.weights,

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from curvature.eigenbases import eigenbases
+from curvature.eigenbases import TargetEigenbases
 from curvature.factors import Factors
 from curvature.perturbation import perturbation_map
 from curvature.populations import Population
@@ -23,7 +23,7 @@ def survey(
     tokenizer: PreTrainedTokenizerBase,
     populations: Sequence[Population],
     targets: Sequence[Target],
-    reference: Mapping[str, Factors],
+    bases: Mapping[str, TargetEigenbases],
     measured: Mapping[str, Mapping[str, Factors]],
     texts: Sequence[tuple[str, int | None]],
     *,
@@ -37,13 +37,13 @@ def survey(
     progress: str | None = None,
 ) -> dict[str, Any]:
     """`whitening` (`whitening_summary`), `perturbations` (`perturbation_map`) and `scan`
-    (`scan_summary`), all in the eigenbases of `reference`'s factors A and G.
+    (`scan_summary`), all in the eigenbases of the kept text's factors A and G.
 
     measured: factors by population, for whitening. texts: text to scan and how often training
     showed it (None: unknown). tokens, scan_tokens: scored tokens per population, and tokens of the
     scan. Where no text is as long as a window, `scan` holds `unavailable`, the reason.
     """
-    bases = eigenbases({t.name: reference[t.name] for t in targets})
+    bases = {t.name: bases[t.name] for t in targets}
     within = {
         name: {t.name: factors[t.name] for t in targets} for name, factors in measured.items()
     }

@@ -13,11 +13,12 @@ from transformers import PreTrainedModel
 
 from curvature.artifacts import model_sha256
 from curvature.capture import pieces
-from curvature.eigenbases import eigenbases
+from curvature.eigenbases import cached_eigenbases
 from curvature.factors import Factors, collect_factors, load_factors, save_factors
 from curvature.forward import Labels
 from curvature.memory import RowsAtOnce
 from curvature.populations import Population, batches
+from curvature.processes import gathered
 from curvature.progress import bar
 from curvature.spectra import pyhessian_spectra
 from curvature.survey import survey
@@ -85,10 +86,15 @@ def factors_stage(
 
     def compute(folder: Path) -> Any:
         targets = measured_targets(run, model)
-        factors = measure(run, model, targets, name, memorized=memorized)
-        for key, measured in factors.items():
-            save_factors(factors_file(folder, key), measured, {"population": sources[key].sha256})
-        bases = eigenbases(kept_factors(factors, r.keep_weights))
+        factors = {}
+        for key, population in sources.items():
+            path = factors_file(folder, key)
+            measured = measure_all(run, model, targets, {key: population}, name, share_out=True)
+            save_factors(path, measured[key], {"population": population.sha256}, share_out=True)
+            # mapped from the file: one population at a time stands in memory
+            del measured
+            factors[key] = load_factors(path)[0]
+        bases = cached_eigenbases(bases_folder(folder), kept_factors(factors, r.keep_weights))
         spectra = {
             n: {"A": spread(b.A.values.flip(0).tolist()), "G": spread(b.G.values.flip(0).tolist())}
             for n, b in bases.items()
@@ -104,6 +110,11 @@ def factors_stage(
 
     stage = run.stages.run(name, depends, compute)
     return {key: load_factors(factors_file(stage.folder, key))[0] for key in sources}
+
+
+def bases_folder(folder: Path) -> Path:
+    """Where the factors stage keeps the eigenbases of all kept text."""
+    return folder / "eigenbases"
 
 
 def populations_of(run: Run, memorized: bool = True) -> dict[str, Population]:
@@ -133,8 +144,9 @@ def measure_all(
     populations: dict[str, Population],
     title: str,
     share: float = 1.0,
+    share_out: bool = False,
 ) -> dict[str, dict[str, Factors]]:
-    """`measure` of the given populations."""
+    """`measure` of the given populations. share_out: each process gets its own targets alone."""
     r, found = run.recipe, {}
     labels = run.stages.done["factors"].value["labels"] if "factors" in run.stages.done else {}
     for key, population in populations.items():
@@ -153,9 +165,11 @@ def measure_all(
                 seed=r.seed,
                 # a round asks for A and G alone
                 coupled=share == 1.0,
+                share_out=share_out,
                 progress=f"{title}: {population.name}",
             )
-            if key in labels or any(f.G.any() for f in found[key].values()):
+            mine = any(bool(f.G.any()) for f in found[key].values())
+            if key in labels or any(gathered(mine)):
                 break
         run.labels.setdefault(key, way)
     return found
@@ -171,12 +185,13 @@ def map_stage(run: Run, factors: dict[str, dict[str, Factors]]) -> None:
     depends |= {k: getattr(r, k) for k in names}
 
     def compute(_: Path) -> Any:
+        kept = kept_factors(factors, r.keep_weights)
         return survey(
             run.patient.model,
             run.patient.tokenizer,
             (*material.keep, *material.memorized),
             select_targets(run.patient.model, r.targets, r.layers),
-            kept_factors(factors, r.keep_weights),
+            cached_eigenbases(bases_folder(run.stages.done["factors"].folder), kept),
             {name.removeprefix("memorized/"): f for name, f in factors.items()},
             material.scan,
             tokens=r.map_tokens,

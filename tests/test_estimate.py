@@ -191,6 +191,10 @@ def test_what_cannot_fit_is_refused_with_the_setting(tokenizer):
     ):
         with pytest.raises(ValueError, match=words):
             refuse(needed, free)
+    crowded = replace(needed, factors=2**41)
+    with pytest.raises(ValueError, match="--layers or --targets"):
+        refuse(crowded, replace(plenty, device="cuda"))
+    refuse(crowded, replace(plenty, device="cuda", host=2**43))
     for part, words in (
         ("factors", "--layers or --targets"),
         ("one_row", "lower --width"),

@@ -82,7 +82,11 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_all_stages_are_in_the_recipe(undisturbed):
-    kinds = {name.split("-")[0] for name in undisturbed[1]}
+    out, stages = undisturbed
+    assert [p.name for p in sorted(out.glob("stages/factors/eigenbases/*"))] == [
+        f"layer {k}.safetensors" for k in (0, 1)
+    ]
+    kinds = {name.split("-")[0] for name in stages}
     assert kinds >= set(
         "judge spectrum factors strength cut cost shrink heal attack control speed samples".split()
     )

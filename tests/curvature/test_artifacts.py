@@ -1,4 +1,6 @@
+import gc
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -85,3 +87,17 @@ def test_a_failed_write_leaves_the_old_file_and_no_rest(tmp_path, monkeypatch):
         write_tensors(tmp_path / "b.safetensors", {"x": torch.zeros(3)}, {})
     assert read_json(path) == 1
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's accounts")
+def test_what_is_read_is_mapped_and_takes_no_memory_of_its_own(tmp_path):
+    def own():
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+
+    write_tensors(tmp_path / "x.safetensors", {"x": torch.ones(4096, 4096)}, {})
+    gc.collect()
+    before = own()
+    tensors, _ = read_tensors(tmp_path / "x.safetensors")
+    assert float(tensors["x"].sum()) == 4096**2
+    assert own() - before < 8 * 1024, "64 MiB were copied"

@@ -176,6 +176,7 @@ def test_survey_is_plain_data_and_says_why_there_is_no_scan(
         p.name: collect_factors(tiny_llama, tokenizer, p, targets, **SETTINGS)
         for p in (plain, memorized)
     }
+    bases = eigenbases(factors["plain"])
     texts = [(d.text, 0) for d in plain.documents]
     settings = {"tokens": 60, "scan_tokens": 64, "width": 40, "batch_size": 4, "seed": 0}
     found = survey(
@@ -183,7 +184,7 @@ def test_survey_is_plain_data_and_says_why_there_is_no_scan(
         tokenizer,
         [plain, memorized],
         targets,
-        factors["plain"],
+        bases,
         factors,
         texts,
         prefix=4,
@@ -198,7 +199,7 @@ def test_survey_is_plain_data_and_says_why_there_is_no_scan(
         tokenizer,
         [plain, memorized],
         targets,
-        factors["plain"],
+        bases,
         factors,
         texts,
         prefix=400,
