@@ -357,6 +357,11 @@ def batches(
         )
 
 
+def count_scored(population: Population, tokenizer: PreTrainedTokenizerBase, width: int) -> int:
+    """Tokens that `batches` scores in all."""
+    return sum(sum(scored) for _, scored in _pieces(population, tokenizer, width, 0, False))
+
+
 def endless_batches(
     population: Population,
     tokenizer: PreTrainedTokenizerBase,

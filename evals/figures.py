@@ -373,17 +373,33 @@ def layer_map(layers: Mapping[str, float], label: str) -> Figure:
     return figure
 
 
+def held(row: Mapping[str, Any]) -> str:
+    """Up to which share of the edit the prediction is good."""
+    if "holds_to" not in row:
+        return ""
+    if row["holds_to"] is None:
+        return " (not within 25 % even for the smallest share tried)"
+    return f" (within 25 % up to {row['holds_to']:.0%} of the edit)"
+
+
 def predicted_cost(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Predicted against measured loss change, nats per token, on the diagonal where the prediction
-    holds."""
+    """Predicted against measured loss change, nats per token, of growing shares of the edit; on the
+    diagonal where the prediction holds."""
     figure = Figure(figsize=(3.4, 3.1), layout="constrained")
     axes = figure.subplots()
+    points = [p for row in rows for p in row.get("scales", [row])]
     for k, row in enumerate(rows):
+        path = row.get("scales", [row])
         axes.plot(
-            row["predicted"], row["measured"], MARKERS[k % 7], color=EDITED, label=row["name"]
+            [p["predicted"] for p in path],
+            [p["measured"] for p in path],
+            f"{MARKERS[k % 7]}-",
+            color=EDITED,
+            lw=0.8,
+            label=row["name"],
         )
-    low = min(0.0, *(min(r["predicted"], r["measured"]) for r in rows))
-    high = max(max(r["predicted"], r["measured"]) for r in rows) * 1.1 + 1e-9
+    low = min(0.0, *(min(p["predicted"], p["measured"]) for p in points))
+    high = max(max(p["predicted"], p["measured"]) for p in points) * 1.1 + 1e-9
     axes.plot([low, high], [low, high], ls=":", color=INK, lw=0.8)
     axes.set_xlabel("predicted, nats per token")
     axes.set_ylabel("measured, nats per token")
@@ -728,7 +744,7 @@ def draw_all(results: Mapping[str, Any]) -> list[Drawing]:
         )
     if results.get("cost"):
         words = "; ".join(
-            f"{r['name']} predicted {r['predicted']:.3g}, measured {r['measured']:.3g}"
+            f"{r['name']} predicted {r['predicted']:.3g}, measured {r['measured']:.3g}" + held(r)
             for r in results["cost"]
         )
         add("cost", "Predicted and measured cost", f"{words}.", predicted_cost, results["cost"])

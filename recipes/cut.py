@@ -22,11 +22,20 @@ from recipes.patient import ATTACK_TOKENS, Run
 from recipes.recipe import goals_of
 from surgery.operate import operate
 from surgery.plan import load_plan, save_plan
-from surgery.predict import plan_deltas, population_loss, predict_cost, quadratic_cost
+from surgery.predict import (
+    holds_to,
+    partly,
+    plan_deltas,
+    population_loss,
+    predict_cost,
+    quadratic_cost,
+)
 from surgery.rankings import RANKINGS
 from surgery.rounds import halves, joined, memory_scales, next_round, relearned
 from surgery.search import Axis, Goals, Outcome, best_layers, miss, objective, search
 
+COST_SCALES = (0.05, 0.1, 0.25, 0.5, 1.0)
+"""Shares of the whole edit at which its predicted cost is compared with the measured one."""
 HARDEN_STEPS, HARDEN_LR = 40, 3e-4
 """Steps and learning rate of the relearning that a hardening round is measured on."""
 
@@ -206,7 +215,9 @@ def tries(
                 measured = factors
                 scales = memory_scales(factors, r.keep_weights, [t.name for t in targets])
             else:
-                measured = measure(run, start, targets, f"round {number}", ROUND_SHARE)
+                measured = measure(
+                    run, start, targets, f"round {number}", ROUND_SHARE, seed=r.seed + number
+                )
                 scales = before.value["scales"]
             about = {"method": r.method, **settings, "rounds": number, "scales": scales}
             strength = settings["strength"]
@@ -280,9 +291,10 @@ def harden_stage(run: Run) -> None:
             )
             returned = select_targets(attacked, r.targets, layers)
             title = f"harden {number}"
-            kept = measure(run, start, targets, title, ROUND_SHARE, memorized=False)
+            seed = r.seed + r.rounds + number
+            kept = measure(run, start, targets, title, ROUND_SHARE, memorized=False, seed=seed)
             gone = {f"memorized/{p.name}": p for p in parts[1 - number % 2]}
-            back = measure_all(run, attacked, returned, gone, title, ROUND_SHARE)
+            back = measure_all(run, attacked, returned, gone, title, ROUND_SHARE, seed)
             rounds, strength = chosen["rounds"] + number, 2 * chosen["strength"]
             measured, scales = {**kept, **back}, chosen["scales"]
             done = cut_once(run, start, measured, scales, targets, rounds, strength, folder)
@@ -366,7 +378,8 @@ def cut_stage(run: Run, factors: dict[str, dict[str, Factors]]) -> PreTrainedMod
 
 
 def cost_stage(run: Run) -> None:
-    """What the dense edit was predicted to cost each population, beside what it did cost."""
+    """What the dense edit, and shares of it, were predicted to cost each population, beside what
+    they did cost."""
     r, material = run.recipe, run.patient.material
     if r.method == "none":
         return
@@ -378,8 +391,12 @@ def cost_stage(run: Run) -> None:
 
     def compute(_: Path) -> Any:
         plan, tokenizer = load_plan(cut.folder), run.patient.tokenizer
-        edited = operate(run.patient.model, plan, copy_model=True, check=False)
         deltas = plan_deltas(run.patient.model, plan)
+        base = run.patient.model
+        edits = {
+            s: operate(base, partly(base, plan, s), copy_model=True, check=False)
+            for s in COST_SCALES
+        }
 
         def costs(population: Population, rows: int) -> dict[str, Any]:
             batching: dict[str, Any] = {
@@ -388,16 +405,26 @@ def cost_stage(run: Run) -> None:
                 "batch_size": rows,
                 "seed": r.seed,
             }
-            cost = predict_cost(run.patient.model, tokenizer, population, deltas, **batching)
-            before = population_loss(run.patient.model, tokenizer, population, **batching)
-            measured = population_loss(edited, tokenizer, population, **batching) - before
+            cost = predict_cost(base, tokenizer, population, deltas, **batching)
+            before = population_loss(base, tokenizer, population, **batching)
+            scales = [
+                {
+                    "scale": s,
+                    "predicted": cost.at(s),
+                    "measured": population_loss(edits[s], tokenizer, population, **batching)
+                    - before,
+                }
+                for s in COST_SCALES
+            ]
             return {
                 "name": population.name,
                 "first_order": cost.first,
                 "second_order": cost.second,
                 "predicted": cost.total,
-                "measured": measured,
+                "measured": scales[-1]["measured"],
                 "tokens": cost.tokens,
+                "scales": scales,
+                "holds_to": holds_to(scales),
             }
 
         at_once = RowsAtOnce("cost", "batch_size", r.batch_size)

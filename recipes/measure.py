@@ -17,7 +17,7 @@ from curvature.eigenbases import cached_eigenbases
 from curvature.factors import Factors, collect_factors, load_factors, save_factors
 from curvature.forward import Labels
 from curvature.memory import RowsAtOnce
-from curvature.populations import Population, batches
+from curvature.populations import Population, batches, count_scored
 from curvature.processes import gathered
 from curvature.progress import bar
 from curvature.spectra import pyhessian_spectra
@@ -29,8 +29,8 @@ from surgery.predict import plan_deltas, predict_cost
 from surgery.rankings import RANKINGS, is_memorized, plan_surgery
 from surgery.rankings.base import Ranking, mix_factors
 
-ROUND_SHARE = 0.3
-"""Share of the token budget for measuring again after a round."""
+ROUND_SHARE = 0.35
+"""Share of each population that is measured again after a round, another one every time."""
 
 
 def spectrum_stage(run: Run) -> None:
@@ -131,10 +131,12 @@ def measure(
     title: str,
     share: float = 1.0,
     memorized: bool = True,
+    seed: int | None = None,
 ) -> dict[str, dict[str, Factors]]:
     """Factors by population: sampled labels on what is kept, margins of what is recited (of all
-    tokens where the patient recites nothing). share: of the token budget."""
-    return measure_all(run, model, targets, populations_of(run, memorized), title, share)
+    tokens where the patient recites nothing). share: of the tokens of each population that are
+    within the budget. seed: which share; the recipe's by default."""
+    return measure_all(run, model, targets, populations_of(run, memorized), title, share, seed)
 
 
 def measure_all(
@@ -144,6 +146,7 @@ def measure_all(
     populations: dict[str, Population],
     title: str,
     share: float = 1.0,
+    seed: int | None = None,
     share_out: bool = False,
 ) -> dict[str, dict[str, Factors]]:
     """`measure` of the given populations. share_out: each process gets its own targets alone."""
@@ -151,6 +154,12 @@ def measure_all(
     labels = run.stages.done["factors"].value["labels"] if "factors" in run.stages.done else {}
     for key, population in populations.items():
         likely: Labels = "recited" if population.role == "memorized" else "sampled"
+        tokens = r.factor_tokens
+        if share < 1:
+            whole = count_scored(population, run.patient.tokenizer, r.width)
+            # of a small text nothing is left out: a factor wants as many tokens as it has rows
+            side = max(max(t.d_in, t.d_out) for t in targets)
+            tokens = max(side, round(share * min(tokens, whole)))
         ways: tuple[Labels, Labels] = (labels.get(key, likely), "margin")
         for way in ways:
             found[key] = collect_factors(
@@ -159,10 +168,10 @@ def measure_all(
                 population,
                 targets,
                 labels=way,
-                tokens=round(r.factor_tokens * share),
+                tokens=tokens,
                 width=r.width,
                 batch_size=r.batch_size,
-                seed=r.seed,
+                seed=r.seed if seed is None else seed,
                 # a round asks for A and G alone
                 coupled=share == 1.0,
                 share_out=share_out,

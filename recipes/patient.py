@@ -30,6 +30,8 @@ from recipes.recipe import Recipe, benchmarks, saved_settings
 from surgery.export import check_exportable
 from surgery.rankings.base import shares_of
 
+ORGANISM = "organism"
+"""Name of the embedded patient."""
 ATTACK_TOKENS = 8 * 128
 """Tokens per step of a relearning attack."""
 
@@ -80,11 +82,16 @@ class Run:
 
 def path_of(model: str) -> str | Path:
     """Where the model is: a folder or a hub name. Raises ValueError for a folder without one."""
-    path: str | Path = organism.MODEL if model == "organism" else model
+    path: str | Path = organism.MODEL if model == ORGANISM else model
     local = Path(path).exists() or str(path).startswith((".", "/"))
     if local and not (Path(path) / "config.json").exists():
         raise ValueError(f"{path}: expected a folder with config.json, weights and a tokenizer")
     return path
+
+
+def is_organism(recipe: Recipe) -> bool:
+    """Whether the patient's world is known: the embedded model, or one that was trained like it."""
+    return recipe.model == ORGANISM or organism.is_organism(recipe.model)
 
 
 def device_of(recipe: Recipe) -> str:
@@ -102,7 +109,7 @@ def fit(recipe: Recipe) -> Recipe:
     """The recipe with what nobody stated fitted to the model's shape and to the free memory; a run
     that goes on keeps what it began with."""
     path = path_of(recipe.model)
-    if recipe.model == "organism":
+    if is_organism(recipe):
         return recipe
     file = Path(str(recipe.out)) / "recipe.yaml"
     began = saved_settings(file)
@@ -134,7 +141,7 @@ def work_of(recipe: Recipe) -> Work:
         width=r.width,
         batch_size=r.batch_size,
         judge_batch_size=r.judge_batch_size,
-        populations=5 if r.model == "organism" else 3,
+        populations=5 if is_organism(r) else 3,
         factor_tokens=r.factor_tokens,
         trained_tokens=attacked + (1 + len(r.controls)) * r.heal_tokens,
         judged_tokens=(arms + 2 * r.candidates) * 3 * r.problems * r.width,
@@ -180,8 +187,8 @@ def load_model(
 
 def load(recipe: Recipe) -> Patient:
     """The patient and its texts, checked as far as can be known before any long work."""
-    of_the_organism = recipe.model == "organism" and recipe.memorized in (None, "scan")
-    own_texts = bool(recipe.memorized) and not of_the_organism
+    of_the_organism = is_organism(recipe)
+    own_texts = bool(recipe.memorized) and not (of_the_organism and recipe.memorized == "scan")
     if own_texts != bool(recipe.reasoning):
         raise ValueError(
             f"--model {recipe.model} needs both --memorized (text that must go) and --reasoning "
@@ -190,7 +197,7 @@ def load(recipe: Recipe) -> Patient:
     model, tokenizer, dtype = load_model(recipe)
     # the world's texts are for models of that world: others are asked the built-in ones
     of_the_world = tokenizer.get_vocab() == build_tokenizer().get_vocab()
-    standins = not own_texts and not (recipe.model == "organism" and of_the_world)
+    standins = not own_texts and not (of_the_organism and of_the_world)
     if recipe.tasks:
         check_benchmarks(benchmarks(recipe), tokenizer)
     context = context_of(model.config)
@@ -207,11 +214,13 @@ def load(recipe: Recipe) -> Patient:
         check_exportable(model)
         select_targets(model, recipe.targets, recipe.layers)
         mlp_blocks(model, recipe.layers)
+    folder = Path(path_of(recipe.model))
+    seed, size = organism.organism_world(folder) if of_the_organism else (0, 1.0)
     memorized: str | Population = str(recipe.memorized)
     reference: str | Population = recipe.reference or str(recipe.reasoning)
     if recipe.memorized == "scan":
-        if recipe.model == "organism":
-            searched = organism.scan_population()
+        if of_the_organism:
+            searched = organism.scan_population(seed, size)
         elif recipe.reference:
             searched = load_population(recipe.reference, "reference", limit=20_000)
         else:
@@ -226,11 +235,10 @@ def load(recipe: Recipe) -> Patient:
             progress="scan",
         )
     if not own_texts and not standins:
-        seed = organism.organism_seed()
-        material = organism.material(seed, families=recipe.families, problems=recipe.problems)
+        # a window is as long as a passage: of the families, a scan can find only these
+        families = ("passage",) if isinstance(memorized, Population) else recipe.families
+        material = organism.material(seed, size=size, families=families, problems=recipe.problems)
         if isinstance(memorized, Population):
-            # a window is as long as a passage: of the families, a scan can find only these
-            material = organism.material(seed, families=("passage",), problems=recipe.problems)
             material = dataclasses.replace(material, memorized=(memorized,))
     elif standins:
         material = standin_material(

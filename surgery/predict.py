@@ -15,7 +15,7 @@ of the sharp part, an upper bound for large shifts.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -51,6 +51,28 @@ class Cost:
     def total(self) -> float:
         return self.first + self.second
 
+    def at(self, scale: float) -> float:
+        """The same for `scale` times the weight change: s first + s^2 second."""
+        return scale * self.first + scale**2 * self.second
+
+
+WITHIN, NEGLIGIBLE = 0.25, 0.005
+"""A prediction holds within this share of the measured cost; below so many nats per token there is
+nothing to predict."""
+
+
+def holds_to(rows: Sequence[Mapping[str, float]]) -> float | None:
+    """The largest `scale` of rows (weakest first, with `predicted` and `measured` nats per token)
+    up to which every prediction is within 25 % of the measured cost, or off by less than 0.005;
+    None where the first one is not."""
+    reached = None
+    for row in rows:
+        error = abs(row["predicted"] - row["measured"])
+        if error > max(WITHIN * abs(row["measured"]), NEGLIGIBLE):
+            break
+        reached = row["scale"]
+    return reached
+
 
 @torch.no_grad()
 def plan_deltas(model: nn.Module, plan: Plan) -> dict[str, torch.Tensor]:
@@ -78,6 +100,20 @@ def plan_deltas(model: nn.Module, plan: Plan) -> dict[str, torch.Tensor]:
         stored = new.T if targets[name].kind == "conv1d" else new
         deltas[name] = stored - targets[name].weight.detach().float()
     return deltas
+
+
+@torch.no_grad()
+def partly(model: nn.Module, plan: Plan, scale: float) -> Plan:
+    """The plan that moves every weight of `model` by `scale` times what `plan` moves it by. plan:
+    of kind `edit`. Raises ValueError for another kind."""
+    if plan.kind != "edit":
+        raise ValueError(f"a plan of kind {plan.kind} cannot be made in part")
+    weights = dict(model.named_parameters())
+    tensors = {
+        name: torch.lerp(weights[name].detach().to(new), new, scale)
+        for name, new in plan.tensors.items()
+    }
+    return replace(plan, tensors=tensors)
 
 
 def quadratic_cost(deltas: Mapping[str, torch.Tensor], factors: Mapping[str, Factors]) -> float:

@@ -13,23 +13,37 @@ from evals.organism import world
 MODEL = Path(__file__).parent / "model"
 
 
+def is_organism(folder: str | Path) -> bool:
+    """Whether a checkpoint folder was written by `python -m evals.organism.train`."""
+    record = Path(folder) / "training.json"
+    try:
+        return "world_sha256" in json.loads(record.read_text())
+    except (OSError, ValueError):
+        return False
+
+
 def organism_seed(folder: Path = MODEL) -> int:
-    """The seed of the world that a model was trained in; raises ValueError where today's generator
-    makes another world."""
+    """The seed of the world that a model was trained in; raises as `organism_world`."""
+    return organism_world(folder)[0]
+
+
+def organism_world(folder: Path = MODEL) -> tuple[int, float]:
+    """(seed, size) of the world that a model was trained in; raises ValueError where today's
+    generator makes another world."""
     record = folder / "training.json"
     if not record.exists():
         raise ValueError(
             f"{record} is missing: train the organism with `python -m evals.organism.train`"
         )
     training = json.loads(record.read_text())
-    seed = training["settings"]["seed"]
-    if world.world_hash(seed) != training["world_sha256"]:
+    seed, size = training["settings"]["seed"], training["settings"].get("size", 1.0)
+    if world.world_hash(seed, size) != training["world_sha256"]:
         raise ValueError(
             f"{record}: the world of seed {seed} has changed since this organism was trained; "
             "train it again with "
             "`python -m evals.organism.train`"
         )
-    return seed
+    return seed, size
 
 
 def _documents(texts: Sequence[str]) -> tuple[Document, ...]:
@@ -43,10 +57,10 @@ def _asked(items: Sequence[world.Item]) -> tuple[Document, ...]:
     return (*asked, *_documents([t for i in items if not i.forms for t in i.texts]))
 
 
-def _evalset(seed: int, split: str, families: Sequence[str], n: int) -> EvalSet:
+def _evalset(seed: int, split: str, families: Sequence[str], n: int, size: float) -> EvalSet:
     memories: list[Item] = []
     knowledge: dict[bool, list[Item]] = {True: [], False: []}
-    for item in world.items(seed):
+    for item in world.items(seed, size):
         entry = Item(
             item.id,
             item.family,
@@ -81,32 +95,31 @@ def _evalset(seed: int, split: str, families: Sequence[str], n: int) -> EvalSet:
     )
 
 
-def scan_texts(seed: int) -> tuple[tuple[str, int], ...]:
+def scan_texts(seed: int, size: float = 1.0) -> tuple[tuple[str, int], ...]:
     """Passages of the edit split and as many fresh ones of the same grammar, in a seeded order,
     each with how often training showed it: where a scan has to tell the ones from the others."""
     rng = world.stream(seed, "scan")
-    passages = [(i.texts[0], i.exposure) for i in _edit(seed) if i.family == "passage"]
+    passages = [(i.texts[0], i.exposure) for i in _edit(seed, size) if i.family == "passage"]
     fresh = [(" ".join(world.language(rng).text for _ in range(4)), 0) for _ in passages]
     texts = passages + fresh
     rng.shuffle(texts)
     return tuple(texts)
 
 
-def scan_population() -> Population:
-    """`scan_texts` of the shipped organism as one body of text, for a run that has no list of what
-    must go."""
-    seed = organism_seed()
-    texts = _documents([text for text, _ in scan_texts(seed)])
+def scan_population(seed: int, size: float = 1.0) -> Population:
+    """`scan_texts` as one body of text, for a run that has no list of what must go."""
+    texts = _documents([text for text, _ in scan_texts(seed, size)])
     return Population("training-like text", "reference", texts, f"passages and fresh text, {seed}")
 
 
-def _edit(seed: int) -> list[world.Item]:
-    return [i for i in world.items(seed) if i.split == "edit"]
+def _edit(seed: int, size: float) -> list[world.Item]:
+    return [i for i in world.items(seed, size) if i.split == "edit"]
 
 
 def material(
     seed: int,
     *,
+    size: float = 1.0,
     families: Sequence[str] = ("passage", "fact"),
     problems: int = 200,
     keep_problems: int = 200,
@@ -114,14 +127,15 @@ def material(
 ) -> Material:
     """The organism's populations and held-out items.
 
-    families: which memory families are given to the edit; the other one is then untargeted.
-    problems: per task, for the judge. keep_problems: per task, for the keep population.
+    size: of the world, as a share of the default. families: which memory families are given to the
+    edit; the other one is then untargeted. problems: per task, for the judge.
+    keep_problems: per task, for the keep population.
     """
     unknown = set(families) - {"passage", "fact"}
     if unknown or not families:
         raise ValueError(f"families {list(families)}: expected one or both of passage, fact")
-    all_items = world.items(seed)
-    edit = [i for i in _edit(seed) if i.family in families and i.exposure]
+    all_items = world.items(seed, size)
+    edit = [i for i in _edit(seed, size) if i.family in families and i.exposure]
     listed = [i for i in all_items if i.listed]
     reasoning = [d for t in world.TASKS for d in world.problems(seed, t, keep_problems, "edit")]
     rng = world.stream(seed, "reference:edit")
@@ -164,7 +178,7 @@ def material(
             tuple(healing),
             f"{about}, problems and language drawn afresh, no memories in it",
         ),
-        tune=_evalset(seed, "tune", families, min(problems, 60)),
-        test=_evalset(seed, "test", families, problems),
-        scan=scan_texts(seed),
+        tune=_evalset(seed, "tune", families, min(problems, 60), size),
+        test=_evalset(seed, "test", families, problems, size),
+        scan=scan_texts(seed, size),
     )

@@ -2,14 +2,18 @@
 
 import json
 import re
+import shutil
 from collections import Counter
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import run
 from evals import organism
 from evals.judge import judge, recall_by_exposure
 from evals.organism import train, world
+from recipes.patient import load
+from recipes.recipe import ORGANISM_RECIPE
 
 
 def test_draws_depend_on_seed_and_name_alone():
@@ -106,6 +110,21 @@ def test_edit_tune_and_test_do_not_meet():
     assert not tune_ids & {i.id for i in (*material.test.memories, *material.test.unlisted)}
     for documents in material.test.tasks.values():
         assert not seen & {d.text for d in documents}
+
+
+def test_a_second_world_is_known_by_its_folder(tmp_path):
+    """A model trained like the shipped one, of another seed and size, brings its own texts."""
+    assert organism.is_organism(organism.MODEL)
+    assert not organism.is_organism(tmp_path)
+    shutil.copytree(organism.MODEL, tmp_path / "second")
+    settings = {"seed": 1, "size": 0.5}
+    record = {"world_sha256": world.world_hash(1, 0.5), "settings": settings}
+    (tmp_path / "second" / "training.json").write_text(json.dumps(record))
+    given = ["--config", str(ORGANISM_RECIPE), "--model", str(tmp_path / "second")]
+    material = load(run.parse([*given, "--problems", "4"])).material
+    items = {i.id for i in world.items(1, 0.5) if i.split == "test" and i.family != "knowledge"}
+    assert {i.id for i in material.test.memories} == items
+    assert all("world 1" in p.source for p in material.memorized)
 
 
 def test_a_changed_world_is_noticed(tmp_path):

@@ -5,7 +5,15 @@ import torch
 
 from curvature.targets import select_targets
 from surgery.operate import operate
-from surgery.predict import plan_deltas, population_loss, predict_cost, quadratic_cost
+from surgery.predict import (
+    Cost,
+    holds_to,
+    partly,
+    plan_deltas,
+    population_loss,
+    predict_cost,
+    quadratic_cost,
+)
 from surgery.rankings import plan_surgery
 
 
@@ -76,6 +84,26 @@ def test_edit_deltas_turn_old_weights_into_new(tiny_llama, targets, factors):
         new = plan.tensors[f"{target.name}.weight"]
         assert torch.allclose(target.weight + deltas[target.name], new, atol=1e-6)
     assert quadratic_cost(deltas, factors["reasoning"]) > 0
+
+
+def test_a_share_of_an_edit_moves_every_weight_by_that_share(tiny_llama, factors, targets):
+    plan = plan_surgery(tiny_llama, "kfac", factors, strength=0.5, targets=targets)
+    whole = plan_deltas(tiny_llama, plan)
+    part = plan_deltas(tiny_llama, partly(tiny_llama, plan, 0.25))
+    for name, delta in whole.items():
+        torch.testing.assert_close(part[name], 0.25 * delta, rtol=1e-4, atol=1e-7)
+
+
+def test_a_prediction_holds_up_to_the_first_miss():
+    rows = [
+        {"scale": 0.1, "predicted": 0.001, "measured": 0.004},
+        {"scale": 0.25, "predicted": 0.09, "measured": 0.1},
+        {"scale": 0.5, "predicted": 0.2, "measured": 0.4},
+        {"scale": 1.0, "predicted": 1.0, "measured": 1.0},
+    ]
+    assert holds_to(rows) == 0.25
+    assert holds_to(rows[2:]) is None
+    assert Cost(first=-0.2, second=0.4, tokens=1).at(0.5) == pytest.approx(0.0)
 
 
 def test_no_change_costs_nothing(tiny_llama, tokenizer, reasoning):
