@@ -104,9 +104,15 @@ def terminable() -> Iterator[None]:
 
 def parse(arguments: Sequence[str] | None = None) -> Recipe:
     """The recipe that the command line asks for; without --model or --config, the organism's."""
-    from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
+    from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, get_loader, set_loader
+    from yaml import YAMLError
 
-    parser = ArgumentParser(prog="lethe", description=__doc__, exit_on_error=False)
+    read = get_loader("yaml")
+    # one line that begins with # is a name, of which YAML would make a comment, that is nothing
+    set_loader("names", lambda s: s if s[:1] == "#" and "\n" not in s else read(s), (YAMLError,))
+    parser = ArgumentParser(
+        prog="lethe", description=__doc__, exit_on_error=False, parser_mode="names"
+    )
     parser.add_argument(
         "--config", action=ActionConfigFile, help="A recipe file, such as recipes/organism.yaml."
     )

@@ -13,7 +13,7 @@ from curvature.memory import RowsAtOnce
 from curvature.processes import is_main
 from evals.attacks import MEMORIES, UNRELATED, Curve, relearn, robustness, row_width
 from evals.generation import generate
-from evals.judge import judge
+from evals.judge import Judgement, judge
 from evals.speed import compare_speed
 from recipes.patient import ATTACK_TOKENS, Run
 from recipes.recipe import Recipe, benchmarks
@@ -61,6 +61,10 @@ def attack_stage(run: Run, arm: str, model: PreTrainedModel) -> None:
     if never:
         groups["never seen"] = never
     pairs = {name: [(i.prompt, i.target) for i in items] for name, items in groups.items()}
+    judged = Judgement.from_json(run.stages.done[f"judge-{arm}"].value).memories
+    known = {i.id: score for i, score in zip(material.test.memories, judged, strict=True)}
+    # the judge has asked the same of the same model
+    start = [known[i.id] for items in groups.values() for i in items]
     depends = {"attacked": model_sha256(model), "material": material.sha256, "seed": r.seed}
     names = ("attack_steps", "attack_lrs", "attack_everyone", "width")
     training = {**depends, **{k: getattr(r, k) for k in names}}
@@ -91,6 +95,7 @@ def attack_stage(run: Run, arm: str, model: PreTrainedModel) -> None:
                 batch_size=max(1, ATTACK_TOKENS // width),
                 width=width,
                 judge_batch_size=r.judge_batch_size,
+                start=start,
                 seed=r.seed,
                 progress=f"attack {arm}",
             )
@@ -105,6 +110,7 @@ def attack_stage(run: Run, arm: str, model: PreTrainedModel) -> None:
             neighbours={p.name: [d.text for d in p.documents] for p in material.memorized},
             delimiter=material.test.separator,
             batch_size=r.judge_batch_size,
+            start=start,
             seed=r.seed,
         )
         return [dataclasses.asdict(row) for row in rows]

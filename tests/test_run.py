@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import run
+from recipes.recipe import save_recipe
 
 ROOT = Path(__file__).parent.parent
 QUICK = {
@@ -267,6 +268,16 @@ def test_both_spellings_of_an_option():
     recipe = run.parse(["--keep-neurons=0.25", "--heal_tokens", "7", "--model", "a-b/c-d"])
     assert (recipe.keep_neurons, recipe.heal_tokens, recipe.model) == (0.25, 7, "a-b/c-d")
     assert recipe.out == "runs/c-d"
+
+
+@pytest.mark.parametrize("name", ["#.txt", "#1", "# what?", "a #b.txt", "[a].txt", "12", "a: b"])
+def test_a_name_is_taken_as_it_is_written(name, tmp_path):
+    """YAML, by which settings are read, would make nothing of what begins with #."""
+    assert run.parse(["--memorized", name]).memorized == name
+    assert run.parse([f"--ask={name}"]).ask == name
+    recipe = run.parse(["--memorized", name, "--out", str(tmp_path)])
+    save_recipe(recipe, tmp_path)
+    assert run.parse(["--config", str(tmp_path / "recipe.yaml")]).memorized == name
 
 
 def test_a_flag_needs_no_value():
