@@ -14,8 +14,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from evals.comparison import Interval
-from evals.figures import Drawing, draw_all
-from evals.verdict import Verdict, answers, percent, read_results
+from evals.figures import Drawing, draw_all, draw_teaching
+from evals.verdict import Verdict, answers, finite, percent, read_results
 
 
 @dataclass(frozen=True)
@@ -725,6 +725,41 @@ def html(results: Mapping[str, Any], drawings: Sequence[Drawing]) -> str:
             samples=results.get("samples") or [],
         )
     )
+
+
+def write_teaching(folder: str | Path, name: str, teaching: Mapping[str, Any]) -> Path:
+    """The report of a teaching alone: `report.html`, `report.md` and `figures/` in its folder.
+    teaching: the record of `teaching.json`. Returns the page."""
+    folder, record = Path(folder), finite(teaching)
+    drawings, shown = draw_teaching(record), teaching_tables(record)
+    numbers = record["numbers"]
+    told = "made-up answers {} to {}, right answers on what it knows {} to {}".format(
+        *(
+            percent(numbers[f"{what}_{when}"])
+            for what in ("hallucination", "known_accuracy")
+            for when in ("before", "after")
+        )
+    )
+    for drawing in drawings:
+        drawing.save(folder / "figures")
+    about: dict[str, Any] = {
+        "title": f"Lethe taught {name}",
+        "texts": [],
+        "drawings": drawings,
+        "samples": [],
+    }
+    question, headline = "What was taught?", percent(numbers["hallucination_after"])
+    cells = [
+        Table(t.title, t.note, t.columns, tuple(tuple(_cell(c) for c in row) for row in t.rows))
+        for t in shown
+    ]
+    text = _environment(False).get_template("report.md.jinja")
+    _write(folder / "report.md", text.render(**about, tables=cells, answers=[(question, told)]))
+    page = _environment(True).get_template("report.html.jinja")
+    cards = [(question, told, headline, "made-up answers")]
+    file = folder / "report.html"
+    _write(file, page.render(**about, tables=shown, cards=cards, broken="", open_tables=len(shown)))
+    return file
 
 
 FOLDED = ("Speed and size", "All numbers of the verdict", "Recipe", "Provenance")

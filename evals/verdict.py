@@ -600,7 +600,7 @@ def write_results(
         "verdict": verdict.to_json(),
         **stages,
     }
-    record = _finite(record)
+    record = finite(record)
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(
@@ -610,13 +610,13 @@ def write_results(
     return record
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {str(k): _finite(v) for k, v in value.items()}
+        return {str(k): finite(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
+        return [finite(v) for v in value]
     return value
 
 

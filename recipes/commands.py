@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.columns import Columns
@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
-from curvature.artifacts import write_json
+from curvature.artifacts import read_json, write_json
 from evals.ask import say
 from evals.report import runs_table
 from evals.standins import recited_windows, texts_to_scan
@@ -25,8 +25,18 @@ from surgery.publish import push_to_hub
 
 
 def on_finished_run(recipe: Recipe) -> None:
-    """`--ask` and `--push-to-hub` on the folder of a finished run."""
+    """`--ask` and `--push-to-hub` on the folder of a finished run, `--ask` on one of
+    `--teach-only`."""
     folder = Path(recipe.run or str(recipe.out))
+    if recipe.ask is not None and (folder / "teaching.json").is_file():
+        arm = read_json(folder / "teaching.json")["arms"][0]["name"]
+        before, taught = folder / "reference", folder / "arms" / arm / "policy"
+        said = {
+            name: say(path, recipe.ask, trust_remote_code=recipe.trust_remote_code)
+            for name, path in (("before", before), ("taught", taught))
+        }
+        side_by_side(recipe, said | readings(recipe.ask, folder, said))
+        return
     trained = read_results(folder)["recipe"]["model"]
     checkpoint = folder / "checkpoint"
     if not (checkpoint / "config.json").is_file():
@@ -40,20 +50,36 @@ def on_finished_run(recipe: Recipe) -> None:
 
 
 def ask(recipe: Recipe, prompt: str, base: str | Path, checkpoint: Path) -> None:
-    """What base and edited say to one prompt, side by side, and how the probe reads the answer of
-    the edited one where the run has taught."""
+    """What base and edited say to one prompt, side by side, and, where the run has taught, what the
+    taught one says and how the probe reads the answers of both."""
     taught = checkpoint.parent / "taught"
     said = {
         name: say(folder, prompt, trust_remote_code=recipe.trust_remote_code)
         for name, folder in (("base", base), ("edited", checkpoint), ("taught", taught))
         if name != "taught" or (taught / "config.json").is_file()
     }
-    probe = next(checkpoint.parent.glob("**/probe.safetensors"), None)
-    if probe is not None:
-        from rl.monitor import Monitor
+    if "taught" in said:
+        record = read_results(checkpoint.parent)["teaching"]
+        # the name alone: the run's folder may have been moved since
+        teaching = checkpoint.parent / "teach" / Path(record["folder"]).name
+        said |= readings(prompt, teaching, said)
+    side_by_side(recipe, said)
 
-        answer = Monitor.load(checkpoint, probe.parent).answer([prompt], temperature=0.0)[0]
-        said["probe"] = f"{answer.probability:.0%} likely to be right: {answer.text.strip()}"
+
+def readings(prompt: str, teaching: Path, said: Mapping[str, str]) -> dict[str, str]:
+    """How the probe in the folder of a teaching reads answers to one prompt, by whose they are."""
+    from rl.monitor import Monitor
+
+    monitor = Monitor.load(teaching / "reference", teaching)
+    return {
+        f"probe on {name}": monitor.reading(prompt, text)
+        for name, text in said.items()
+        if name != "base"
+    }
+
+
+def side_by_side(recipe: Recipe, said: Mapping[str, str]) -> None:
+    """Texts by name: in columns on a terminal, a line each elsewhere."""
     if recipe.quiet or not sys.stdout.isatty():
         for name, text in said.items():
             print(f"{name}\t{' '.join(text.split())}")

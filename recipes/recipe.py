@@ -105,6 +105,9 @@ class Recipe:
             live-gradient, inoculated.
         teach_steps: Steps of reinforcement learning per arm.
         teach_line: Line before the training prompts of the arm `inoculated`.
+        teach_updates: free; watched (the report says how much of the updates falls on what serves
+            the memorized text, which takes one more measurement of the curvature); or held (that
+            part is taken off after every step; all weights are trained then, not adapters).
         quiet: Print the verdict only.
         ask: A prompt for the base and the edited model of --run, side by side.
         run: A finished run folder, for --ask and --push-to-hub.
@@ -172,8 +175,9 @@ class Recipe:
     teach_only: str | None = None
     teach_questions: str | None = None
     teach_arms: tuple[str, ...] = ("frozen",)
-    teach_steps: int = 150
+    teach_steps: int = 120
     teach_line: str = ""
+    teach_updates: Literal["free", "watched", "held"] = "free"
     quiet: bool = False
     ask: str | None = None
     run: str | None = None

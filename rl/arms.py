@@ -102,7 +102,7 @@ class Bench:
     """What all arms share. reference: folder of the saved frozen copy. frozen: the same, loaded.
     known: per question of the test split. abstain: payment, and the monitor's threshold. tries:
     answers per question of the test split. watch: builds what watches (and, where asked, holds)
-    updates on what surgery removed."""
+    updates on what surgery removed. asked: as in `rl.policy.build_trainer`."""
 
     questions: Questions
     tokenizer: PreTrainedTokenizerBase
@@ -116,6 +116,7 @@ class Bench:
     tries: int = max(TRIES)
     line: str = ""
     watch: Callable[[Any], Any] | None = None
+    asked: Sequence[int] | None = None
 
     def examine(self, model: Any, folder: Path) -> tuple[Figures, Figures, tuple[Picked, ...]]:
         """A model on the test split: alone, behind the monitor, which reads the frozen copy, and as
@@ -165,6 +166,7 @@ def run_arm(name: str, bench: Bench, folder: Path) -> Taught:
         abstain=bench.abstain,
         questions=[[q.prompt, q.answers] for q in bench.questions.rl],
         watched=bench.watch is not None,
+        asked=bench.asked,
     )
     own_folder(folder, mark)
     if (folder / "arm.json").exists():
@@ -209,6 +211,7 @@ def run_arm(name: str, bench: Bench, folder: Path) -> Taught:
         after=after,
         live_gradient=arm.gradient,
         line=bench.line if arm.inoculated else "",
+        asked=bench.asked,
     )
     if resumed is None:
         check_reference(trainer, bench.tokenizer, [q.prompt for q in bench.questions.rl])

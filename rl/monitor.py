@@ -121,6 +121,19 @@ class Monitor:
             chosen.append(max(tried, key=lambda pair: pair[0])[1])
         return [self._shielded(answer, threshold) for answer in chosen]
 
+    def reading(self, prompt: str, text: str) -> str:
+        """How the probe reads one answer to a prompt, in words."""
+        tokens = self.tokenizer(text, add_special_tokens=False)["input_ids"]  # type: ignore[operator]
+        if not tokens:
+            return "nothing was said"
+        row = [(prompt, tokens[: self.new_tokens - 1])]
+        score = self.probe.score(self.reader or self.model, self.tokenizer, row)[0]  # type: ignore[arg-type]
+        answer = self._weighed(row[0][1], float(score))[1]
+        if answer.probability is None:
+            return "an abstention"
+        below = f", below {self.worth:.0%}" if answer.probability < self.worth else ""
+        return f"{answer.probability:.0%} likely to be right{below}"
+
     def _weighed(self, tokens: Sequence[int], score: float) -> tuple[float, Monitored]:
         """What an answer counts beside others, and the answer."""
         about = {"abstention": self.abstention, "ended": len(tokens) < self.new_tokens}

@@ -6,7 +6,7 @@ from __future__ import annotations
 from evals.organism import world
 from rl.questions import Question, Questions
 
-NOBODY_KNOWS = {"fit": 60, "calibration": 40, "rl": 70, "test": 80, "ood": 20}
+NOBODY_KNOWS = {"fit": 60, "calibration": 40, "rl": 210, "test": 80, "ood": 20}
 """Invented names asked for their town per split; half as many for their code."""
 IN_CONTEXT = {"fit": 50, "calibration": 40, "rl": 50, "test": 60}
 """Questions whose answer stands in the context."""

@@ -52,12 +52,12 @@ class Training:
     between audits (and saved states).
     """
 
-    steps: int = 150
+    steps: int = 120
     prompts: int = 8
     generations: int = 8
     lr: float | None = None
     beta: float = 0.04
-    every: int = 50
+    every: int = 40
     weights: Literal["full", "lora"] = "lora"
     seed: int = 0
 
@@ -121,6 +121,17 @@ def check_dataset(questions: Questions, training: Training) -> None:
         )
 
 
+def balanced(known: Sequence[bool]) -> list[int]:
+    """Places of questions for training, the fewer of the known and the unknown ones repeated until
+    both are as many: where most prompts are better met with silence, silence is what is learned."""
+    knows = [k for k, right in enumerate(known) if right]
+    unknown = [k for k, right in enumerate(known) if not right]
+    few, many = sorted((knows, unknown), key=len)
+    if not few:
+        return many
+    return many + [few[k % len(few)] for k in range(len(many))]
+
+
 def load_policy(reference: str | Path, training: Training) -> Any:
     """A trainable copy of the saved frozen copy."""
     model = AutoModelForCausalLM.from_pretrained(reference, dtype="auto")
@@ -153,9 +164,11 @@ def build_trainer(
     after: Callable[[int], bool],
     live_gradient: float = 0.0,
     line: str = "",
+    asked: Sequence[int] | None = None,
 ) -> GRPOTrainer:
     """A trainer whose KL reference is the saved frozen copy. line: put before the prompts in
-    training, and only there."""
+    training, and only there. asked: places in the `rl` split of the questions to train on, all of
+    it where None."""
     check_dataset(questions, training)
     adapters = hasattr(policy, "disable_adapter")
     device = next(policy.parameters()).device.type
@@ -187,10 +200,11 @@ def build_trainer(
         report_to=[],
         disable_tqdm=True,
     )
+    places = list(range(len(questions.rl)) if asked is None else asked)
     dataset = Dataset.from_dict(
         {
-            "prompt": [line + q.prompt for q in questions.rl],
-            "question": list(range(len(questions.rl))),
+            "prompt": [line + questions.rl[k].prompt for k in places],
+            "question": places,
         }
     )
     trainer = _Trainer(

@@ -20,7 +20,7 @@ from rl.audit import Auditor, task_accuracy
 from rl.claims import FEWEST, Claims
 from rl.fitting import fit_probe
 from rl.outcomes import Figures, Picked, figures_of
-from rl.policy import Training, check_dataset
+from rl.policy import Training, balanced, check_dataset
 from rl.probe import Probe, load_probe, save_probe
 from rl.questions import Questions
 from rl.rewards import Reward, check_rewards
@@ -141,12 +141,7 @@ def teach(
     for a folder of another run.
     """
     training, tasks, folder = training or Training(), tasks or {}, Path(folder)
-    unknown = [name for name in arms if name not in ARMS]
-    if unknown or not arms:
-        raise ValueError(f"arms {list(arms)}: expected some of {', '.join(ARMS)}")
-    if any(ARMS[name].inoculated for name in arms) and not line:
-        raise ValueError("the arm 'inoculated' needs a line to put before the training prompts")
-    check_dataset(questions, training)
+    check_settings(questions, training, arms, line)
     seed = training.seed
     asked = fingerprint(
         model=model_sha256(model), questions=asdict(questions), seed=seed, tries=tries
@@ -221,6 +216,7 @@ def teach(
         2 * tries,
         line,
         watch,
+        balanced(known_questions(frozen, tokenizer, questions.rl, questions)),
     )
     warmed, guard, best = bench.examine(frozen, folder)
     reasoning = {"before": task_accuracy(model, tokenizer, tasks)}
@@ -246,6 +242,18 @@ def teach(
     )
     write_json(finished, {**teaching.to_json(), "fingerprint": whole})
     return teaching
+
+
+def check_settings(
+    questions: Questions, training: Training, arms: Sequence[str], line: str
+) -> None:
+    """Raise ValueError for arms that are not there, an inoculation without its line, and fewer
+    questions than one generation batch: what can be known before any work."""
+    if not arms or any(name not in ARMS for name in arms):
+        raise ValueError(f"arms {list(arms)}: expected some of {', '.join(ARMS)}")
+    if any(ARMS[name].inoculated for name in arms) and not line:
+        raise ValueError("the arm 'inoculated' needs a line to put before the training prompts")
+    check_dataset(questions, training)
 
 
 def payment(calibration: Claims, probe: Probe) -> float:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 import rl.arms
 from rl import Monitor, teach
 from rl.arms import ARMS, run_arm
-from rl.policy import Training, check_reference, load_policy
+from rl.policy import Training, balanced, check_reference, load_policy
 from rl.questions import Questions
 from rl.teach import payment
 
@@ -223,6 +223,27 @@ def test_the_monitor_answers_abstains_and_takes_the_best(taught, tokenizer):
         monitor.answer(prompts, threshold="0.5")
     with pytest.raises(ValueError, match="other weights"):
         Monitor(teaching.model, tokenizer, monitor.probe)
+
+
+def test_the_probe_s_reading_of_an_answer_in_words(taught):
+    folder, teaching = taught
+    monitor = Monitor.load(folder / "arms" / "oracle" / "policy", folder)
+    prompt = "question : what is the code of Zuzuzu ? answer :"
+    assert monitor.reading(prompt, monitor.abstention) == "an abstention"
+    assert monitor.reading(prompt, "") == "nothing was said"
+    rows = [(prompt, monitor.tokenizer(" 1 2 3 4", add_special_tokens=False)["input_ids"])]
+    p = monitor.probe.score(monitor.reader, monitor.tokenizer, rows)[0]
+    said = monitor.reading(prompt, " 1 2 3 4")
+    assert said.startswith(f"{p:.0%} likely to be right")
+    assert ("below" in said) is bool(p < teaching.abstain)
+
+
+def test_known_and_unknown_are_asked_equally_often():
+    known = [True, False, False, True, False, False, False]
+    asked = balanced(known)
+    assert sum(known[k] for k in asked) * 2 == len(asked) == 10
+    assert set(asked) == set(range(7))
+    assert balanced([False] * 3) == [0, 1, 2]
 
 
 def test_the_arms_that_are_promised_are_there():

@@ -3,7 +3,7 @@
 import json
 
 from evals.figures import draw_teaching
-from evals.report import teaching_tables
+from evals.report import teaching_tables, write_teaching
 from rl.arms import Taught
 from rl.audit import Audit
 from rl.measures import Interval
@@ -94,3 +94,24 @@ def test_tables_and_figures_come_from_the_json_alone(tmp_path):
     drawings = draw_teaching(record)
     assert "20 % made up" in drawings[0].alt
     assert all("<svg" in d.svg for d in drawings)
+
+
+def test_a_teaching_has_a_report_of_its_own(tmp_path):
+    record = teaching(tmp_path).to_json()
+    page = write_teaching(tmp_path, "checkpoint", record)
+    for file in (page, tmp_path / "report.md"):
+        text = file.read_text()
+        assert "Lethe taught checkpoint" in text
+        assert "80 % to 20 %" in text
+        assert "95 % to 90 %" in text
+        assert "Teaching: the best of n" in text
+    assert "| nan |" not in (tmp_path / "report.md").read_text()
+    assert (tmp_path / "figures" / "teaching.svg").exists()
+
+
+def test_what_was_taught_is_read_back(tmp_path):
+    done = teaching(tmp_path)
+    record = json.loads(json.dumps(done.to_json()))
+    again = Teaching.from_json(record, tmp_path)
+    assert json.dumps(again.to_json()) == json.dumps(done.to_json())
+    assert again.chosen.best[0].harness == done.chosen.best[0].harness
