@@ -227,7 +227,7 @@ def loss_gradient(
 
     `gold`: cross-entropy of the targets. `sampled`: cross-entropy of labels drawn from the model's
     own distribution p by inverse transform of `noise` (the Fisher's gradient). `propagated`: no
-    loss, but r = D s - p s^T D s with D = diag(sqrt p) and random signs s, whose second moment
+    loss, but r = D e - p (1^T D e) with D = diag(sqrt p) and random signs e, whose second moment
     E[r r^T] = diag(p) - p p^T is the sampled gradient's (curvature propagation, Martens, Sutskever
     & Swersky 2012). Where the model is sure a drawn label is nearly always the one that teaches
     nothing, and once in a while a huge gradient; r has the same small size in every draw. `margin`:

@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerBase
 from curvature.capture import run_pass
 from curvature.eigenbases import TargetEigenbases
 from curvature.forward import CausalForward, check_in_memory, device_of, evaluation_mode
+from curvature.memory import RowsAtOnce
 from curvature.populations import Batch, Population, batches
 from curvature.processes import is_distributed
 from curvature.targets import Target
@@ -136,18 +137,23 @@ def applied(targets: Sequence[Target], perturbation: Perturbation) -> Iterator[N
 
 
 @torch.no_grad()
-def _row_losses(model: nn.Module, rows: Sequence[Batch]) -> torch.Tensor:
+def _row_losses(model: nn.Module, rows: Sequence[Batch], at_once: RowsAtOnce) -> torch.Tensor:
     """Summed loss of each row, [rows], float64 nats."""
     forward = CausalForward(model)
-    out = []
-    for batch in rows:
-        hidden = forward.hidden(batch.ids.to(device_of(model)))
-        row, position = batch.predicting.nonzero(as_tuple=True)
+
+    def losses_of(ids: torch.Tensor, predicting: torch.Tensor) -> torch.Tensor:
+        hidden = forward.hidden(ids.to(device_of(model)))
+        row, position = predicting.nonzero(as_tuple=True)
         logits = forward.logits(hidden[row.to(hidden.device), position.to(hidden.device)]).float()
-        targets = batch.ids[row, position + 1].to(logits.device)
+        targets = ids[row, position + 1].to(logits.device)
         losses = F.cross_entropy(logits, targets, reduction="none").double().cpu()
-        out.append(torch.zeros(len(batch.ids), dtype=torch.float64).index_add_(0, row, losses))
-    return torch.cat(out)
+        return torch.zeros(len(ids), dtype=torch.float64).index_add_(0, row, losses)
+
+    def whole(batch: Batch, n: int) -> torch.Tensor:
+        parts = zip(batch.ids.split(n), batch.predicting.split(n), strict=True)
+        return torch.cat([losses_of(ids, predicting) for ids, predicting in parts])
+
+    return torch.cat([at_once.run(lambda n, b=batch: whole(b, n)) for batch in rows])  # type: ignore[misc]
 
 
 class _Shifts:
@@ -157,10 +163,14 @@ class _Shifts:
 
     def __init__(self, perturbations: Sequence[Perturbation]):
         self.perturbations = perturbations
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget everything: the pass begins again."""
         self.rows_of_tokens = torch.zeros(0, dtype=torch.long)
         self.rows = 0
         self.shift = torch.zeros(0)
-        self.first = torch.zeros(len(perturbations), dtype=torch.float64)
+        self.first = torch.zeros(len(self.perturbations), dtype=torch.float64)
         self.rows_squared = torch.zeros_like(self.first)
         self.tokens_squared = torch.zeros_like(self.first)
 
@@ -239,11 +249,12 @@ def check_perturbations(
         rows = list(batches(population, tokenizer, **settings))  # type: ignore[arg-type]
         scored = torch.cat([b.scored.sum(1) for b in rows]).double()
         n = float(scored.sum())
+        at_once = RowsAtOnce("curvature map", "batch_size", batch_size)
         with evaluation_mode(model):
-            base = _row_losses(model, rows)
+            base = _row_losses(model, rows, at_once)
             for k, perturbation in enumerate(perturbations):
                 with applied(targets, perturbation):
-                    change = _row_losses(model, rows) - base
+                    change = _row_losses(model, rows, at_once) - base
                 mean = float(change.sum()) / n
                 residual = change - mean * scored
                 error = (

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from curvature.eigenbases import TargetEigenbases
 from curvature.forward import CausalForward, device_of, evaluation_mode
+from curvature.memory import RowsAtOnce
 from curvature.populations import Document, Population
 from curvature.progress import bar
 from curvature.targets import Target
@@ -236,13 +237,13 @@ def scan_recitation(
     pieces = list(itertools.islice(stream, most))
     if not pieces:
         raise ValueError(f"no text has {length} tokens: give longer text or a shorter window")
-    windows = []
+    at_once = RowsAtOnce("scan", None, batch_size)
+    windows: list[Window] = []
     with evaluation_mode(model):
         forward = CausalForward(model)
         with _FlatEnergy(targets, bases) if bases is not None else nullcontext() as energy:
-            starts = range(0, len(pieces), batch_size)
-            for first in bar(progress, starts, unit="batches"):
-                part = pieces[first : first + batch_size]
+
+            def score(part: list[tuple[int, int, list[int]]]) -> list[Window]:
                 rows = [[bos, *ids] if begins else ids for _, _, ids in part]
                 ids = torch.tensor(rows, device=device_of(model))
                 if energy is not None:
@@ -257,6 +258,7 @@ def scan_recitation(
                 if energy is not None:
                     by_target = [s[:, n - suffix :].mean(1).cpu() for s in energy.shares]
                     shares = torch.stack(by_target).mean(0).tolist()
+                found = []
                 for (k, start, window), row, share in zip(part, right, shares, strict=True):
                     whole = str(tokenizer.decode(window))
                     given = str(tokenizer.decode(window[:prefix]))
@@ -265,17 +267,18 @@ def scan_recitation(
                         if whole.startswith(given)
                         else str(tokenizer.decode(window[prefix:]))
                     )
-                    windows.append(
-                        Window(
-                            k,
-                            start,
-                            given,
-                            rest,
-                            float(row.float().mean()),
-                            bool(row.all()),
-                            share,
-                        )
-                    )
+                    exact = bool(row.all())
+                    right_share = float(row.float().mean())
+                    found.append(Window(k, start, given, rest, right_share, exact, share))
+                return found
+
+            def some(part: list[tuple[int, int, list[int]]], n: int) -> list[Window]:
+                return [w for k in range(0, len(part), n) for w in score(part[k : k + n])]
+
+            starts = range(0, len(pieces), batch_size)
+            for first in bar(progress, starts, unit="batches"):
+                part = pieces[first : first + batch_size]
+                windows += at_once.run(lambda n, part=part: some(part, n))  # type: ignore[misc]
     recited = _flatness([w for w in windows if w.strict])
     others = _flatness([w for w in windows if not w.strict])
     return Scan(tuple(windows), auroc(recited, others))

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from curvature.memory import RowsAtOnce
+
 BACKWARD = 3.0
 """A forward and backward pass over a forward pass."""
 MEASURE = 4.0
@@ -22,13 +24,17 @@ START = 8.0
 def tokens_per_second(model: nn.Module, *, width: int, batch_size: int) -> float:
     """Forward pass of one batch of token 0, measured after one that is not."""
     device = next(model.parameters()).device
-    ids = torch.zeros(min(batch_size, 8), width, dtype=torch.long, device=device)
-    for _ in range(2):
-        started = time.perf_counter()
-        model(input_ids=ids, use_cache=False)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-    return ids.numel() / (time.perf_counter() - started)
+
+    def measured(rows: int) -> float:
+        ids = torch.zeros(rows, width, dtype=torch.long, device=device)
+        for _ in range(2):
+            started = time.perf_counter()
+            model(input_ids=ids, use_cache=False)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+        return ids.numel() / (time.perf_counter() - started)
+
+    return RowsAtOnce("a first look at the speed", None, min(batch_size, 8)).run(measured)
 
 
 def asked_characters(evalset: Any) -> int:
