@@ -28,6 +28,7 @@ from surgery.plan import Plan
 from surgery.predict import plan_deltas, predict_cost
 from surgery.rankings import RANKINGS, is_memorized, plan_surgery
 from surgery.rankings.base import Ranking, mix_factors
+from surgery.search import layer_map
 
 ROUND_SHARE = 0.35
 """Share of each population that is measured again after a round, another one every time."""
@@ -104,7 +105,7 @@ def factors_stage(
                 key: max(f.tokens for f in measured.values()) for key, measured in factors.items()
             },
             "eigenvalues": spectra,
-            "layers": layer_map(factors, targets, r.keep_weights) if memorized else {},
+            "layers": layers_of(factors, targets, r.keep_weights) if memorized else {},
             "labels": {key: run.labels[key] for key in factors},
         }
 
@@ -242,20 +243,15 @@ def memorized_factors(factors: dict[str, dict[str, Factors]]) -> dict[str, Facto
     return mix_factors({name: f for name, f in factors.items() if is_memorized(name)})
 
 
-def layer_map(
+def layers_of(
     factors: dict[str, dict[str, Factors]],
     targets: Sequence[Target],
     weights: dict[str, float] | None,
 ) -> dict[str, Any]:
-    """tr(A) tr(G) summed over a layer's targets, on the memories over on the kept text."""
-    sides = {"keep": kept_factors(factors, weights), "memorized": memorized_factors(factors)}
-    energy = {side: dict.fromkeys((t.layer for t in targets), 0.0) for side in sides}
-    for side, measured in sides.items():
-        for target in targets:
-            f = measured[target.name]
-            energy[side][target.layer] += float(f.A.trace() * f.G.trace())
-    ratio = {str(n): energy["memorized"][n] / energy["keep"][n] for n in energy["keep"]}
-    return {"label": "margin energy of memories over curvature of kept text", "values": ratio}
+    """The layer map as the report has it."""
+    ratios = layer_map(targets, kept_factors(factors, weights), memorized_factors(factors))
+    label = "margin energy of memories over curvature of kept text"
+    return {"label": label, "values": {str(layer): ratio for layer, ratio in ratios.items()}}
 
 
 def spread(values: list[float], points: int = 128) -> list[float]:
