@@ -260,7 +260,8 @@ def collect_factors(
     passes do not reach, and out of memory (with the setting to turn). Warns where a factor is rank
     deficient for want of tokens.
     """
-    sums = _FactorSums(coupled, wants_offload(targets, coupled))
+    # all or none: a sum is added up over processes in one kind of memory
+    sums = _FactorSums(coupled, any(gathered(wants_offload(targets, coupled))))
     capture = run_pass(
         model,
         tokenizer,

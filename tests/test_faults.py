@@ -2,8 +2,10 @@
 that was finished."""
 
 import errno
+import gc
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -158,6 +160,49 @@ def test_the_judge_with_fewer_rows_at_a_time_says_the_same(tiny_llama, tokenizer
         assert [s.logprob for s in a.samples] == pytest.approx(
             [s.logprob for s in b.samples], rel=1e-4
         )
+
+
+def test_out_of_memory_in_every_stage_of_a_run_means_fewer_rows(
+    files, tmp_path, capsys, monkeypatch
+):
+    """No call of the model with more than two rows fits; the run goes to its end all the same."""
+    from transformers.models.llama.modeling_llama import LlamaModel
+
+    whole = LlamaModel.forward
+
+    def small(self, input_ids=None, *args, **kwargs):
+        rows = input_ids if input_ids is not None else kwargs.get("inputs_embeds")
+        if rows is not None and len(rows) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+        return whole(self, input_ids, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaModel, "forward", small)
+    short = {"rounds": 1, "harden": 0, "controls": [], "attack_lrs": [1e-4]}
+    # accelerate collects garbage at every halving: what stands already need not be looked through
+    gc.freeze()
+    try:
+        status = run.main(tiny.arguments(files, tmp_path / "run", judge_batch_size=4, **short))
+    finally:
+        gc.unfreeze()
+    said = capsys.readouterr()
+    assert status in (0, 1), said.err
+    halved = set(re.findall(r"out of memory in (.*?): going on with 2 rows", said.out))
+    assert halved >= {
+        "a first look at the speed",
+        "scoring of recitations",
+        "reasoning tasks",
+        "reading of clean text",
+        "generation",
+        "spectrum",
+        "the pass over 'reasoning'",
+        "the pass over 'passages'",
+        "scan",
+        "curvature map",
+        "cost",
+        "speed",
+    }
+    assert any("heal" in name for name in halved)
+    assert any("attack" in name for name in halved)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
