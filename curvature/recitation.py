@@ -236,7 +236,10 @@ def scan_recitation(
     stream = _windows(tokenizer, texts, length, stride or suffix)
     pieces = list(itertools.islice(stream, most))
     if not pieces:
-        raise ValueError(f"no text has {length} tokens: give longer text or a shorter window")
+        raise ValueError(
+            f"no text has {length} tokens, {prefix} given and {suffix} to recite: give longer "
+            "text, or lower --prefix-tokens and --suffix-tokens"
+        )
     at_once = RowsAtOnce("scan", None, batch_size)
     windows: list[Window] = []
     with evaluation_mode(model):

@@ -162,8 +162,8 @@ def repeated_share(tokens: Sequence[int], n: int = 4) -> float:
 class SampleHealth:
     """Greedy continuations of clean text. repetitive: share in which half or more of the 4-grams
     are repeats. gibberish: share that the scorer finds less likely than 99 % of the clean text,
-    None without a scorer. empty: share without a token. collapsed: share that is repetitive or
-    gibberish. samples: their number."""
+    None without a scorer. empty: share without a token. collapsed: share that is any of these.
+    samples: their number."""
 
     repetitive: float
     gibberish: float | None
@@ -214,7 +214,10 @@ def sample_health(
         unlikely = [False] * len(written)
         for k, value in zip(full, nats):
             unlikely[k] = not value <= limit
-    collapsed = [r or (unlikely is not None and unlikely[k]) for k, r in enumerate(repetitive)]
+    collapsed = [
+        r or e or (unlikely is not None and unlikely[k])
+        for k, (r, e) in enumerate(zip(repetitive, empty, strict=True))
+    ]
     return SampleHealth(
         float(np.mean(repetitive)),
         None if unlikely is None else float(np.mean(unlikely)),

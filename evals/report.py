@@ -203,7 +203,7 @@ def arms_table(arms: Mapping[str, Mapping[str, float | None]]) -> Table:
         "says otherwise. Loose: greedy continuations at 75 % token similarity. Listed and "
         "unlisted: general knowledge inside and outside the kept text. Divergence: KL(base || "
         "model) on clean text, nats per token. Collapsed: greedy continuations of clean text that "
-        "repeat themselves or that the base finds unlikely.",
+        "repeat themselves, say nothing, or that the base finds unlikely.",
         ("model", *columns, "clean perplexity", "divergence", "collapsed"),
         rows,
     )

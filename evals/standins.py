@@ -19,8 +19,8 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from curvature.populations import Document, Population, load_population, split_population
-from evals.evalset import SHARES, EvalSet, Item, Material, without_duplicates
-from evals.memorization import Recitation, encode_pair, recite
+from curvature.recitation import Window, scan_recitation
+from evals.evalset import SHARES, EvalSet, Item, Material, splits_between, without_duplicates
 
 TEXTS = Path(__file__).parent / "texts"
 FEWEST = 10
@@ -135,31 +135,6 @@ def texts_to_scan(memorized: str | None, *, organism: bool) -> list[tuple[str, s
     return passages()
 
 
-def text_windows(
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[tuple[str, str]],
-    prefix_tokens: int,
-    suffix_tokens: int,
-) -> list[Item]:
-    """Windows of prefix and suffix, one after the other through every text, without overlap. The
-    family of an item is the name of its text."""
-    length = prefix_tokens + suffix_tokens
-    items = []
-    for source, text in texts:
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        for start in range(0, len(ids) - length + 1, length):
-            whole = str(tokenizer.decode(ids[start : start + length]))
-            given = str(tokenizer.decode(ids[start : start + prefix_tokens]))
-            if not whole.startswith(given):
-                continue
-            try:
-                encode_pair(tokenizer, given, whole[len(given) :])
-            except ValueError:
-                continue
-            items.append(Item(f"{source} +{start}", source, given, whole[len(given) :]))
-    return without_duplicates(items)
-
-
 def recited_windows(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -169,18 +144,23 @@ def recited_windows(
     suffix_tokens: int,
     batch_size: int = 32,
     progress: str | None = None,
-) -> tuple[list[Item], list[Recitation]]:
-    """All windows of the texts, and how far the model recites each from its prefix: one
-    teacher-forced pass, equal to greedy decoding. Raises ValueError where no text holds a window.
-    """
-    items = text_windows(tokenizer, texts, prefix_tokens, suffix_tokens)
-    if not items:
-        raise ValueError(
-            f"no text holds a prefix of {prefix_tokens} and a suffix of {suffix_tokens} tokens: "
-            "lower --prefix-tokens and --suffix-tokens or give longer texts"
-        )
-    pairs = [(i.prompt, i.target) for i in items]
-    return items, recite(model, tokenizer, pairs, batch_size, progress)
+) -> list[tuple[str, Window]]:
+    """(name of its text, window) of all windows of prefix and suffix, one after the other through
+    every text, without overlap: one teacher-forced pass, equal to greedy decoding. Raises
+    ValueError where no text holds a window."""
+    scan = scan_recitation(
+        model,
+        tokenizer,
+        [text for _, text in texts],
+        [],
+        None,
+        prefix=prefix_tokens,
+        suffix=suffix_tokens,
+        stride=prefix_tokens + suffix_tokens,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    return [(texts[w.text][0], w) for w in scan.windows]
 
 
 def standin_material(
@@ -201,7 +181,7 @@ def standin_material(
     recall of the base then says how few are known. Raises ValueError where the context is too short
     for any window.
     """
-    items, recited = recited_windows(
+    found = recited_windows(
         model,
         tokenizer,
         passages(),
@@ -210,11 +190,21 @@ def standin_material(
         batch_size=batch_size,
         progress="scan",
     )
-    items = [replace(item, family="passages") for item in items]
-    known = [item for item, score in zip(items, recited, strict=True) if score.strict]
+    # what the judge asks is text, whose border must be one of tokens
+    asked = [(n, w) for n, w in found if splits_between(tokenizer, w.prefix, w.suffix)]
+    recited = {(w.prefix, w.suffix) for _, w in asked if w.strict}
+    items = without_duplicates(
+        [Item(f"{name} +{w.start}", "passages", w.prefix, w.suffix) for name, w in asked]
+    )
+    if not items:
+        raise ValueError(
+            "in every window of the built-in passages the border between prefix and suffix falls "
+            "inside a token: choose other --prefix-tokens"
+        )
+    known = [item for item in items if (item.prompt, item.target) in recited]
     enough = len(known) >= FEWEST
     chosen = known if enough else items
-    found = f"the model recites {len(known)} of {len(items)} windows of the built-in passages"
+    said = f"the model recites {len(known)} of {len(items)} windows of the built-in passages"
     shots = 2 if width >= 256 else 0
     reasoning = tuple(
         document
@@ -235,7 +225,7 @@ def standin_material(
         "passages",
         "memorized",
         tuple(Document(i.prompt, i.target) for i in chosen),
-        f"built-in public-domain passages ({found})",
+        f"built-in public-domain passages ({said})",
     )
     by_text = {Document(i.prompt, i.target).key: i for i in chosen}
     window_parts = split_population(windows, SHARES, seed).parts
@@ -261,7 +251,7 @@ def standin_material(
     healing = (*reasoning, *prose_parts["edit"].documents)
     notes = (
         "No text was given, so built-in texts stand in for what this model's user would want gone "
-        f"and kept: {found}; {len(reasoning)} generated problems and "
+        f"and kept: {said}; {len(reasoning)} generated problems and "
         f"{len(prose.documents)} paragraphs of ordinary prose must stay.",
         *(
             ()

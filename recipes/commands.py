@@ -93,7 +93,7 @@ def scan(recipe: Recipe) -> None:
     recipe = fit(recipe)
     model, tokenizer, _ = load_model(dataclasses.replace(recipe, quiet=True))
     texts = texts_to_scan(recipe.memorized, organism=recipe.model == ORGANISM)
-    items, scores = recited_windows(
+    found = recited_windows(
         model,
         tokenizer,
         texts,
@@ -105,9 +105,14 @@ def scan(recipe: Recipe) -> None:
     folder = Path(str(recipe.out))
     folder.mkdir(parents=True, exist_ok=True)
     rows = [
-        {"text": item.family, "prompt": item.prompt, "target": item.target}
-        | {"recited": score.strict, "right": score.right}
-        for item, score in zip(items, scores, strict=True)
+        {
+            "text": name,
+            "prompt": w.prefix,
+            "target": w.suffix,
+            "recited": w.strict,
+            "right": w.right,
+        }
+        for name, w in found
     ]
     write_json(folder / "scan.json", rows)
     recited = Counter(row["text"] for row in rows if row["recited"])

@@ -20,7 +20,8 @@ from recipes.recipe import Recipe, benchmarks
 
 
 def judge_stage(run: Run, arm: str, model: PreTrainedModel) -> None:
-    """Ask a model everything in the test split, and read it beside the base."""
+    """Ask a model everything in the test split, and read it beside the base; once where several
+    arms are the same model, as where nothing is shrunk or healed."""
     r, test = run.recipe, run.patient.material.test
     tokenizer = run.tokenizer(arm)
     same_words = tokenizer.get_vocab() == run.patient.tokenizer.get_vocab()
@@ -33,7 +34,11 @@ def judge_stage(run: Run, arm: str, model: PreTrainedModel) -> None:
         "benchmarks": benchmarks(r),
     }
 
+    weights = str(depends["judged"])
+
     def compute(_: Path) -> Any:
+        if weights in run.judged:
+            return run.stages.done[run.judged[weights]].value
         judgement = judge(
             model,
             tokenizer,
@@ -48,6 +53,9 @@ def judge_stage(run: Run, arm: str, model: PreTrainedModel) -> None:
         return judgement.to_json()
 
     run.stages.run(f"judge-{arm}", depends, compute)
+    # the base is not read beside itself, and two checkpoints may differ in their tokenizers
+    if arm != "base" and run.other is None:
+        run.judged.setdefault(weights, f"judge-{arm}")
 
 
 def attack_stage(run: Run, arm: str, model: PreTrainedModel) -> None:

@@ -3,69 +3,144 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
 from curvature.memory import RowsAtOnce
+from curvature.populations import Population, batches
+from curvature.targets import mlp_blocks
+from evals.evalset import EvalSet, Material
+from recipes.cut import HARDEN_STEPS
+from recipes.measure import ROUND_SHARE
+from recipes.patient import ATTACK_TOKENS
+from recipes.recipe import Recipe
 
-BACKWARD = 3.0
-"""A forward and backward pass over a forward pass."""
-MEASURE = 4.0
-"""The same with the products that factors need."""
-AGAIN = 0.3
-"""Share of the token budget that is measured again after a round."""
-START = 8.0
-"""Seconds that imports, loading and the report take, and that every judgement adds a quarter of."""
+TRAIN = 3.9
+"""A training step over a forward pass of the same tokens (the organism, two threads)."""
+MEASURE, COUPLED = 4.6, 5.5
+"""A pass that collects A and G, and one with the coupled factors too, over a forward pass: 1.19 and
+1.4 training steps (`benchmarks/curvature.py`)."""
+COST = 10.6
+"""Two losses, two gradients and the shifts of every token, over a forward pass."""
+EIGEN = 0.25
+"""Operations per second of an eigendecomposition over those of a forward pass."""
+JUDGE = 2.0
+"""A judgement over one forward pass of all that it asks: other forms, the same text read by the
+base, and continuations that are written token by token."""
+SECONDS = {"start": 5.0, "judge": 2.0, "stage": 0.3}
+"""What does not grow with the model: imports and report, lm-eval's bookkeeping, files."""
 
 
 @torch.no_grad()
 def tokens_per_second(model: nn.Module, *, width: int, batch_size: int) -> float:
-    """Forward pass of one batch of token 0, measured after one that is not."""
+    """Forward pass of one batch of token 0: the fastest of a few within a second, so that a busy
+    moment of the machine is not taken for its speed."""
     device = next(model.parameters()).device
 
     def measured(rows: int) -> float:
         ids = torch.zeros(rows, width, dtype=torch.long, device=device)
-        for _ in range(2):
+        times: list[float] = []
+        while len(times) < 2 or sum(times) < 1:
             started = time.perf_counter()
             model(input_ids=ids, use_cache=False)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-        return ids.numel() / (time.perf_counter() - started)
+            times.append(time.perf_counter() - started)
+        return ids.numel() / min(times)
 
     return RowsAtOnce("a first look at the speed", None, min(batch_size, 8)).run(measured)
 
 
-def asked_characters(evalset: Any) -> int:
-    """Characters that the judge reads for one model on one split."""
+def passed(population: Population, tokenizer: Any, recipe: Recipe, scored: int) -> int:
+    """Tokens, padding among them, that pass until so many are scored or the text is used up."""
+    stream = batches(
+        population,
+        tokenizer,
+        width=recipe.width,
+        batch_size=recipe.batch_size,
+        tokens=scored,
+        seed=recipe.seed,
+    )
+    return sum(batch.ids.numel() for batch in stream)
+
+
+def asked(evalset: EvalSet, tokenizer: Any) -> int:
+    """Tokens that the judge reads for one model on one split."""
     items = (*evalset.memories, *evalset.listed, *evalset.unlisted)
-    asked = sum(len(i.prompt) + len(i.target) for i in items)
     documents = (*(d for docs in evalset.tasks.values() for d in docs), *evalset.clean.documents)
-    return asked + sum(len(d.text) for d in documents)
+    texts = [i.prompt + i.target for i in items] + [d.text for d in documents]
+    return sum(map(len, tokenizer(texts, verbose=False)["input_ids"]))
 
 
-def expected_seconds(recipe: Any, material: Any, speed: float, *, characters: float = 3.0) -> float:
-    """About how long all stages take, from the tokens that they pass through the model.
+def eigen_tokens(model: nn.Module) -> float:
+    """Eigendecompositions of one set of factors (9 n^3 operations each), as tokens of a forward
+    pass (two operations per parameter)."""
+    sides = [n for block in mlp_blocks(model) for t in block.targets for n in (t.d_in, t.d_out)]
+    parameters = sum(p.numel() for p in model.parameters())
+    return sum(9.0 * n**3 for n in sides) / EIGEN / (2.0 * parameters)
 
-    speed: forward tokens per second. characters: per token. Of the right order, no more: it does
-    not know of caches, of other work on the machine, or of stages that are found.
-    """
+
+def expected_tokens(recipe: Recipe, model: nn.Module, tokenizer: Any, material: Material) -> dict:
+    """Stage -> tokens of a forward pass that take as long, counted from the texts: what is read
+    how often, and what a reading costs."""
     r = recipe
-    shrinks = r.keep_neurons is None or r.keep_neurons < 1
-    populations = len(material.keep) + len(material.memorized)
-    tries = r.candidates * (r.rounds if r.method == "contrast" and r.rounds > 1 else 1)
-    again = AGAIN * populations * tries if r.method == "contrast" and r.rounds > 1 else 0.0
-    measured = r.factor_tokens * (populations + shrinks * len(material.keep) + again) * MEASURE
-    test = asked_characters(material.test) / characters
-    tune = asked_characters(material.tune) / characters
-    arms = 4 + 2 * len(r.controls)
-    attacked = 1 + len(r.controls)
-    judged = arms * test + (tries + 5) * tune
-    healed = (r.heal_tokens * attacked) * BACKWARD
-    attack = r.attack_steps * 2048 * BACKWARD * attacked
-    tokens = measured + judged + healed + attack
-    return tokens / speed + START * (1 + arms / 4)
+    shrinks = r.keep_neurons is None or r.keep_neurons < 1 or r.shrink is not None
+    keep, gone = material.keep, material.memorized
+
+    def read(populations: Iterable[Population], share: float = 1.0) -> int:
+        scored = max(1, round(r.factor_tokens * share))
+        return sum(passed(p, tokenizer, r, scored) for p in populations)
+
+    test, tune = asked(material.test, tokenizer), asked(material.tune, tokenizer)
+    eigen, whole = eigen_tokens(model), read((*keep, *gone))
+    out = {"factors": COUPLED * whole + eigen}
+    few = [passed(p, tokenizer, r, r.map_tokens) for p in (*keep, *gone)] if r.map_tokens else []
+    # every group of directions is removed in turn and read, and the shifts are predicted
+    out["curvature-map"] = sum(few) * (COST + 16) + 100 * r.map_tokens + eigen * bool(few)
+    out["spectrum"] = 100 * 8 * r.width * r.spectrum
+    candidates = 1 if r.strength is not None else r.candidates
+    once = eigen + 1.5 * tune
+    if r.method == "none":
+        candidates = 0
+    if r.in_rounds:
+        again = MEASURE * read((*keep, *gone), ROUND_SHARE)
+        out["search"] = candidates * (r.rounds * once + (r.rounds - 1) * again)
+        back = MEASURE * (read(keep, ROUND_SHARE) + read(gone, ROUND_SHARE) / 2)
+        steps = HARDEN_STEPS * ATTACK_TOKENS * TRAIN
+        out["harden"] = r.harden * (steps + back + once) * (candidates > 0)
+    else:
+        out["search"] = candidates * once
+    out["search"] += (4 * once if r.method != "kfac" else 0) + 1.5 * tune
+    costs = (passed(p, tokenizer, r, r.cost_tokens) for p in (*keep, *gone))
+    out["cost"] = COST * sum(costs) * (candidates > 0)
+    if shrinks:
+        out["shrink"] = COUPLED * read(keep) + 2 * eigen
+        out["heal"] = TRAIN * r.heal_tokens * (1 + len(r.controls))
+    arms = 2 + shrinks + (2 * len(r.controls)) + 1
+    out["judge"] = arms * JUDGE * test
+    rates = len(r.attack_lrs)
+    everyone = rates if r.attack_everyone else 1
+    runs = rates + everyone * (1 + len(r.controls)) + 2 + bool(r.controls)
+    headline = [i for i in material.test.memories if i.well_exposed or i.exposure == 0]
+    scored = sum(map(len, tokenizer([i.prompt + i.target for i in headline])["input_ids"]))
+    if r.attack_steps:
+        out["attack"] = runs * (TRAIN * r.attack_steps * ATTACK_TOKENS + 2 * scored)
+        out["robustness"] = (2 + bool(r.controls)) * 5 * scored
+    return out
+
+
+def expected_seconds(
+    recipe: Recipe, model: nn.Module, tokenizer: Any, material: Material, speed: float
+) -> float:
+    """About how long all stages take. speed: forward tokens per second. It does not know of other
+    work on the machine, of cuts that the search gives up early, or of stages that are found."""
+    tokens = expected_tokens(recipe, model, tokenizer, material)
+    judged = 4 + 2 * len(recipe.controls)
+    fixed = SECONDS["start"] + SECONDS["judge"] * judged + SECONDS["stage"] * 4 * len(tokens)
+    return sum(tokens.values()) / speed + fixed
 
 
 def duration(seconds: float) -> str:

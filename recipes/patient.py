@@ -58,6 +58,8 @@ class Run:
     folder: Path
     labels: dict[str, Labels] = dataclasses.field(default_factory=dict)
     """Whose gradients were measured, by population."""
+    judged: dict[str, str] = dataclasses.field(default_factory=dict)
+    """The stage that has judged an edited model, by the hash of its weights."""
     other: PreTrainedTokenizerBase | None = None
 
     def tokenizer(self, arm: str) -> PreTrainedTokenizerBase:

@@ -22,9 +22,7 @@ def introduce(run: Run) -> None:
         return
     if not (r.measure_only or r.plan_only):
         speed = tokens_per_second(patient.model, width=r.width, batch_size=r.batch_size)
-        text = patient.material.test.clean.documents[0].text
-        characters = len(text) / max(1, len(patient.tokenizer(text)["input_ids"]))
-        seconds = expected_seconds(r, patient.material, speed, characters=characters)
+        seconds = expected_seconds(r, patient.model, patient.tokenizer, patient.material, speed)
     for label, line in outlook(r, patient.model, patient.material, seconds):
         print(f"{label:<11} {line}", flush=True)
 

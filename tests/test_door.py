@@ -5,14 +5,8 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import (
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    PreTrainedTokenizerFast,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+import tiny
+from transformers import Qwen3Config
 
 import run
 from evals import standins
@@ -20,47 +14,14 @@ from recipes import patient
 
 QUICK = ["--factor-tokens=600", "--cost-tokens=100", "--candidates=1", "--problems=3"]
 QUICK += ["--heal-tokens=2048", "--attack-steps=1", "--controls=[]", "--spectrum=false"]
-QUICK += ["--batch-size=8", "--device=cpu"]
-SHAPE = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-    "max_position_embeddings": 256,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 2,
-}
+QUICK += ["--batch-size=8", "--device=cpu", "--rounds=2", "--harden=1"]
 
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    """Random models with a byte-level tokenizer learnt from the built-in passages."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<s>", "</s>", "<pad>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=600, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator([text for _, text in standins.passages()], trainer)
-    wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    )
     folder = tmp_path_factory.mktemp("models")
-    torch.manual_seed(0)
-    shape = {**SHAPE, "vocab_size": len(wrapped)}
-    for name, model in (
-        ("qwen3", Qwen3ForCausalLM(Qwen3Config(**shape, tie_word_embeddings=True))),
-        ("gemma3", Gemma3ForCausalLM(Gemma3TextConfig(**shape, sliding_window=64))),
-    ):
-        model.save_pretrained(folder / name)
-        wrapped.save_pretrained(folder / name)
+    for name in ("qwen3", "gemma3"):
+        tiny.write_english(folder / name, name)
     return folder
 
 
@@ -193,7 +154,7 @@ def test_exit_status_follows_the_goals(missed, status):
 def shape(**changes):
     import recipes
 
-    config = Qwen3Config(**{**SHAPE, "vocab_size": 600, **changes.pop("config", {})})
+    config = Qwen3Config(**{**tiny.SHAPE, "vocab_size": 600, **changes.pop("config", {})})
     sizes = {"parameters": 10**6, "factor_bytes": 10**7, "free_bytes": 10**10, "gpu": False}
     return recipes.fitted(config, **{**sizes, **changes})
 

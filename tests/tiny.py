@@ -28,7 +28,13 @@ SETTINGS: dict[str, Any] = {
 
 
 def write_patient(
-    folder: Path, seed: int = 1, *, hidden: int = 16, intermediate: int = 24, texts: int = 16
+    folder: Path,
+    seed: int = 1,
+    *,
+    hidden: int = 16,
+    intermediate: int = 24,
+    texts: int = 16,
+    context: int = 128,
 ) -> Path:
     """`model/`, `memorized.jsonl`, `reasoning.jsonl`, `reference.txt`: so many memories and
     ordinary texts, and problems for half as many again."""
@@ -46,7 +52,7 @@ def write_patient(
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=2,
-        max_position_embeddings=128,
+        max_position_embeddings=context,
         tie_word_embeddings=False,
         bos_token_id=0,
         eos_token_id=1,
@@ -62,6 +68,57 @@ def write_patient(
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     text = "\n\n".join(" ".join(world.sentence(rng) for _ in range(3)) for _ in range(texts))
     (folder / "reference.txt").write_text(text)
+    return folder
+
+
+SHAPE = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
+
+
+def write_english(folder: Path, kind: str) -> Path:
+    """A random model (`qwen3` or `gemma3`) with a byte-level tokenizer learnt from the built-in
+    passages."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import (
+        Gemma3ForCausalLM,
+        Gemma3TextConfig,
+        PreTrainedTokenizerFast,
+        Qwen3Config,
+        Qwen3ForCausalLM,
+    )
+
+    from evals import standins
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<s>", "</s>", "<pad>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([text for _, text in standins.passages()], trainer)
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+    torch.manual_seed(0)
+    shape = {**SHAPE, "vocab_size": len(wrapped)}
+    if kind == "qwen3":
+        Qwen3ForCausalLM(Qwen3Config(**shape, tie_word_embeddings=True)).save_pretrained(folder)
+    else:
+        config = Gemma3TextConfig(**shape, sliding_window=64)
+        Gemma3ForCausalLM(config).save_pretrained(folder)
+    wrapped.save_pretrained(folder)
     return folder
 
 

@@ -93,6 +93,18 @@ def test_a_model_that_says_one_thing_is_repetitive(tiny_llama, tokenizer, popula
     assert gibberish_rate(tiny_llama, tokenizer, population) == 1.0
 
 
+def test_a_model_that_says_nothing_has_collapsed(tiny_llama, tokenizer, population):
+    from copy import deepcopy
+
+    with torch.no_grad():
+        tiny_llama.lm_head.weight.zero_()
+    ends = deepcopy(tokenizer)
+    ends.eos_token = tokenizer.convert_ids_to_tokens(0)
+    health = sample_health(tiny_llama, ends, population, scorer=tiny_llama)
+    assert health.empty == health.collapsed == 1.0
+    assert health.repetitive == health.gibberish == 0.0
+
+
 def test_the_scorer_calls_unlikely_text_gibberish(tiny_llama, tokenizer, population):
     from copy import deepcopy
 

@@ -1,0 +1,96 @@
+"""The header's estimate counts what passes through the model, and nothing that is not asked for."""
+
+import dataclasses
+
+import pytest
+import tiny
+import torch
+
+import run
+from curvature import collect_factors, select_targets
+from recipes.outlook import asked, duration, expected_seconds, expected_tokens, passed
+from recipes.patient import fit, load
+
+
+@pytest.fixture(scope="module")
+def patient(tmp_path_factory):
+    files = tiny.write_patient(tmp_path_factory.mktemp("outlook"))
+    recipe = fit(run.parse([*tiny.arguments(files, files / "run"), "--quiet"]))
+    return recipe, load(recipe)
+
+
+@pytest.mark.parametrize("scored", [5, 200, 10**6])
+def test_what_passes_is_what_the_factors_read(patient, scored):
+    recipe, p = patient
+    seen = []
+    hook = p.model.model.embed_tokens.register_forward_pre_hook(
+        lambda _, args: seen.append(args[0].numel())
+    )
+    targets = select_targets(p.model, ["mlp"])
+    for population in (*p.material.keep, *p.material.memorized):
+        counted = passed(population, p.tokenizer, recipe, scored)
+        seen.clear()
+        collect_factors(
+            p.model,
+            p.tokenizer,
+            population,
+            targets,
+            tokens=scored,
+            width=recipe.width,
+            batch_size=recipe.batch_size,
+        )
+        # the collector probes the head once with a few tokens
+        assert counted <= sum(seen) <= counted + 16
+    hook.remove()
+
+
+def test_asked_tokens_are_those_of_items_problems_and_clean_text(patient):
+    _, p = patient
+    test = p.material.test
+    one = dataclasses.replace(test, memories=test.memories[:1])
+    texts = [i.prompt + i.target for i in test.memories[1:]]
+    more = sum(map(len, p.tokenizer(texts)["input_ids"]))
+    assert asked(test, p.tokenizer) - asked(one, p.tokenizer) == more
+
+
+def test_what_is_not_asked_for_takes_no_time(patient):
+    recipe, p = patient
+
+    def tokens(**changes):
+        changed = dataclasses.replace(recipe, **changes)
+        return expected_tokens(changed, p.model, p.tokenizer, p.material)
+
+    plain = tokens()
+    assert all(n > 0 for stage, n in plain.items() if stage != "harden")
+    assert "attack" not in tokens(attack_steps=0)
+    assert tokens(spectrum=False)["spectrum"] == 0
+    assert tokens(map_tokens=0)["curvature-map"] == 0
+    assert tokens(method="none")["cost"] == 0
+    assert "heal" not in tokens(keep_neurons=1.0)
+    assert tokens(heal_tokens=2 * recipe.heal_tokens)["heal"] == 2 * plain["heal"]
+    assert tokens(rounds=3)["search"] > tokens(rounds=2)["search"] > 0
+    assert tokens(attack_steps=50)["attack"] > 10 * plain["attack"]
+    slow, fast = (expected_seconds(recipe, p.model, p.tokenizer, p.material, s) for s in (10, 1e9))
+    assert slow - fast == pytest.approx(sum(plain.values()) / 10, rel=1e-3)
+
+
+def test_no_more_digits_than_an_estimate_has():
+    assert [duration(s) for s in (3, 44, 100, 5399, 9000)] == [
+        "10 s",
+        "40 s",
+        "2 min",
+        "90 min",
+        "2.5 h",
+    ]
+
+
+def test_the_header_is_quick(patient):
+    """Counting reads the texts and never the model."""
+    recipe, p = patient
+    before = p.model.forward
+    p.model.forward = lambda *_, **__: pytest.fail("the model was run")
+    try:
+        expected_tokens(recipe, p.model, p.tokenizer, p.material)
+    finally:
+        p.model.forward = before
+    assert torch.is_grad_enabled()
