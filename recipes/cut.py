@@ -34,6 +34,8 @@ from surgery.rankings import RANKINGS
 from surgery.rounds import halves, joined, memory_scales, next_round, relearned
 from surgery.search import Axis, Goals, Outcome, best_layers, miss, objective, search
 
+ROUND_STRENGTHS = (0.005, 0.015, 0.002)
+"""Strengths of a round that the search begins with."""
 COST_SCALES = (0.05, 0.1, 0.25, 0.5, 1.0)
 """Shares of the whole edit at which its predicted cost is compared with the measured one."""
 HARDEN_STEPS, HARDEN_LR = 40, 3e-4
@@ -87,7 +89,8 @@ def strength_stage(run: Run, factors: dict[str, dict[str, Factors]]) -> None:
         low, high = (0.002, 0.02) if r.in_rounds else ranking.span
         space: dict[str, Axis] = {"strength": Axis(min(low, high), max(low, high), log=ranking.log)}
         start: list[dict[str, Any]] = [
-            {"strength": x} for x in ([0.005] if r.in_rounds else strengths(ranking, r.candidates))
+            {"strength": x}
+            for x in (ROUND_STRENGTHS if r.in_rounds else strengths(ranking, r.candidates))
         ]
         if r.in_rounds and len(layers) > 1:
             space["layers"] = Axis(choices=tuple(layers))
