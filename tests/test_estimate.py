@@ -20,6 +20,7 @@ from curvature.estimate import (
     report,
     room,
     row_bytes,
+    token_operations,
 )
 from curvature.factors import collect_factors, save_factors
 from curvature.forward import CausalForward, backward_from_loss, evaluation_mode
@@ -130,6 +131,31 @@ def test_the_factor_pass_takes_what_the_formula_says(case, tokenizer, population
     assert said.rows == rows * width * row_bytes(model, targets)
     peak = peak_allocated(once, tmp_path)
     assert said.rows + said.logits == pytest.approx(peak, rel=0.15)
+
+
+@pytest.mark.parametrize("coupled", [False, True])
+def test_the_factor_pass_multiplies_as_often_as_the_formula_says(coupled, tokenizer, population):
+    """Products counted by torch, per measured token; rows are nearly full."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def product(total, left, right, **_):
+        return 2 * left[0] * left[1] * right[1]
+
+    def counter():
+        return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: product})
+
+    model = model_of(tokenizer, hidden_size=256, intermediate_size=768, num_hidden_layers=3)
+    targets = select_targets(model)
+    with counter() as begun:
+        # its check of the head on a few tokens, with which every pass begins
+        CausalForward(model)
+    settings = {"tokens": 430, "width": 64, "batch_size": 8, "coupled": coupled}
+    with counter() as whole, pytest.warns(UserWarning, match="rank deficient"):
+        factors = collect_factors(model, tokenizer, population, targets, **settings)
+    found = whole.get_total_flops() - begun.get_total_flops()
+    tokens = next(iter(factors.values())).tokens
+    said = tokens * token_operations(parameters_of(model), targets, coupled=coupled)
+    assert found == pytest.approx(said, rel=0.15)
 
 
 def test_a_shape_without_weights_gives_the_same_estimate(tokenizer):
