@@ -647,9 +647,13 @@ def draw_all(results: Mapping[str, Any]) -> list[Drawing]:
         add(
             "trade-off",
             "Forgetting against reasoning",
-            f"This run keeps {percent(v.get('reasoning_share'))} of the reasoning at "
-            f"{percent(v.get('recall_share'))} of the recall; {len(strength['candidates'])} "
-            "strengths and "
+            (
+                f"This run keeps {percent(v['reasoning_share'])} of the reasoning at "
+                f"{percent(v['recall_share'])} of the recall; "
+                if v.get("reasoning_share") is not None and v.get("recall_share") is not None
+                else "This run has no place here, since the base recites or solves nothing; "
+            )
+            + f"{len(strength['candidates'])} strengths and "
             f"{len(v.get('controls', ()))} controls are drawn beside it.",
             trade_off,
             strength["candidates"],

@@ -701,9 +701,13 @@ def _cards(verdict: Verdict) -> list[tuple[str, list[str], str, str]]:
         "Against what?": (str(len(verdict.controls)), "controls of the same size"),
         "What was taught?": (percent(verdict.hallucination_after), "made-up answers"),
     }
-    return [
-        (question, _points(answer), *figures[question]) for question, answer in answers(verdict)
-    ]
+    out = []
+    for question, answer in answers(verdict):
+        figure, of = figures[question]
+        if figure == percent(None):
+            figure, of = "?", "could not be had"
+        out.append((question, _points(answer), figure, of))
+    return out
 
 
 def html(results: Mapping[str, Any], drawings: Sequence[Drawing]) -> str:

@@ -417,35 +417,51 @@ def answers(verdict: Verdict) -> list[tuple[str, str]]:
     """The four questions and their answers, one short paragraph each: the first screen and the last
     lines of a run."""
     v = verdict
-
-    def share(name: str) -> str:
-        text = percent(getattr(v, name), v.intervals.get(name))
-        why = v.notes.get(name)
-        if getattr(v, name) is None and why:
-            return f"not available ({why.removeprefix('not available: ')})"
-        return text
-
-    forgotten = (
-        f"Recall of held-out memories is {share('recall_share')} of the base "
-        f"({percent(v.recall_base)} before, {percent(v.recall_edited)} after; before healing "
-        f"{share('recall_share_before_healing')} of the base). "
-        f"Loosely recited: {share('recall_share_loose')}; asked in whichever form shows the most: "
-        f"{share('recall_share_worst_form')}{_which(v, 'recall_share_worst_form')}. "
-        f"After the worst relearning attack: {share('recall_share_after_relearning')}"
-        f"{_which(v, 'recall_share_after_relearning')}; after the attack that controls were given: "
-        f"{share('recall_share_after_matched_relearning')}. "
-        f"Memories of a kind the edit was not shown: {share('recall_share_untargeted')}."
+    before, after = percent(v.recall_base), percent(v.recall_edited)
+    recall = f"Recall of held-out memories is {{}} of the base ({before} before, {after} after)"
+    forgotten = _stated(
+        v,
+        ("recall", recall, "recall_share"),
+        ("before healing", "Before healing: {}", "recall_share_before_healing"),
+        ("loosely recited", "Loosely recited: {}", "recall_share_loose"),
+        (
+            "in other forms",
+            "Asked in whichever form shows the most: {}",
+            "recall_share_worst_form",
+        ),
+        (
+            "after relearning",
+            "After the worst relearning attack: {}",
+            "recall_share_after_relearning",
+        ),
+        (
+            "after the attack that controls were given",
+            "After the attack that controls were given: {}",
+            "recall_share_after_matched_relearning",
+        ),
+        (
+            "of a kind that the edit was not shown",
+            "Memories of a kind that the edit was not shown: {}",
+            "recall_share_untargeted",
+        ),
     )
     if v.broken:
         forgotten = f"BROKEN: {v.notes.get('broken', 'the model collapsed')}. " + forgotten
+    if v.recall_share is None and v.recall_base is not None:
+        forgotten = f"Memories recited: {before} before, {after} after. " + forgotten
+    divergence = "not available" if v.clean_kl is None else f"{v.clean_kl:.3f} nats per token"
     kept = (
-        f"Reasoning is {share('reasoning_share')} of the base, before healing "
-        f"{share('reasoning_share_before_healing')}; arithmetic {share('arithmetic_share')}. "
-        f"General knowledge: {share('knowledge_share_listed')} of what was listed, "
-        f"{share('knowledge_share_unlisted')} of what was not. "
-        f"Clean perplexity is {_ratio(v.clean_perplexity_ratio)} the base's, divergence from it "
-        f"{'not available' if v.clean_kl is None else f'{v.clean_kl:.3f} nats per token'}; "
-        f"collapsed samples {percent(v.gibberish_edited)} (base {percent(v.gibberish_base)})."
+        _stated(
+            v,
+            ("reasoning", "Reasoning is {} of the base", "reasoning_share"),
+            ("before healing", "Before healing: {}", "reasoning_share_before_healing"),
+            ("arithmetic", "Arithmetic: {}", "arithmetic_share"),
+            ("listed knowledge", "General knowledge listed: {}", "knowledge_share_listed"),
+            ("knowledge not listed", "Knowledge not listed: {}", "knowledge_share_unlisted"),
+        )
+        + f" Clean perplexity is {_ratio(v.clean_perplexity_ratio)} the base's, divergence from it "
+        f"{divergence}; collapsed samples {percent(v.gibberish_edited)} (base "
+        f"{percent(v.gibberish_base)})."
     )
     smaller = (
         f"{percent(v.parameters_share)} of the parameters ({_count(v.parameters_base)} to "
@@ -474,6 +490,22 @@ def answers(verdict: Verdict) -> list[tuple[str, str]]:
         )
         out.append(("What was taught?", taught))
     return out
+
+
+def _stated(verdict: Verdict, *parts: tuple[str, str, str]) -> str:
+    """A statement for each number that was had, and then what was not, each reason said once.
+    parts: (short name, words with a place for the share, the number's name)."""
+    said, missing = [], dict[str, list[str]]()
+    for label, words, name in parts:
+        value = getattr(verdict, name)
+        if value is None:
+            why = verdict.notes.get(name, "not asked for").removeprefix("not available: ")
+            missing.setdefault(why, []).append(label)
+        else:
+            share = percent(value, verdict.intervals.get(name))
+            said.append(words.format(share) + _which(verdict, name) + ".")
+    gone = (f"{', '.join(labels)} ({why})" for why, labels in missing.items())
+    return " ".join([*said, *([f"Not available: {', '.join(gone)}."] if missing else [])])
 
 
 def _which(verdict: Verdict, name: str) -> str:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 
 import pytest
 
@@ -105,6 +106,14 @@ def test_a_share_of_a_base_that_recites_nothing_is_null(evalset, judgement, edit
     assert v.recall_share is None
     assert v.reasoning_share is None
     assert "recites none" in v.notes["recall_share"]
+    lines = dict(answers(v))
+    forgotten, kept = lines["What was forgotten?"], lines["What was kept?"]
+    assert forgotten.startswith("Memories recited: 0 % before")
+    assert "recall (the base recites none" in forgotten.partition("Not available: ")[2]
+    assert "is not available" not in forgotten + kept
+    for text in (forgotten, kept):
+        reasons = re.findall(r"[(]([^()]*)[)]", text.partition("Not available: ")[2])
+        assert len(reasons) == len(set(reasons)), "each reason once"
 
 
 def test_the_worst_attack_counts_and_a_broken_off_one_does_not(evalset, base):
