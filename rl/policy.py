@@ -9,6 +9,7 @@ policy itself is loaded from the folder, and both are compared before the first 
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,6 +133,26 @@ def balanced(known: Sequence[bool]) -> list[int]:
     return many + [few[k % len(few)] for k in range(len(many))]
 
 
+def batches(lengths: Sequence[int], places: Sequence[int], training: Training) -> list[int]:
+    """Places in the order of training, `prompts` of them per step, and prompts of a step of like
+    length (within a factor of two), because the longest one sets the cost of all. Each length comes
+    as often as its share; each question of a length comes before any comes again. lengths: tokens
+    of the prompt at each place."""
+    rng = random.Random(training.seed)
+    groups: dict[int, list[int]] = {}
+    for k in places:
+        groups.setdefault(lengths[k].bit_length(), []).append(k)
+    waiting: dict[int, list[int]] = {size: [] for size in groups}
+    sizes, weights = list(groups), [len(group) for group in groups.values()]
+    out: list[int] = []
+    for size in rng.choices(sizes, weights, k=training.steps):
+        while len(waiting[size]) < training.prompts:
+            waiting[size] += rng.sample(groups[size], len(groups[size]))
+        out += waiting[size][: training.prompts]
+        del waiting[size][: training.prompts]
+    return out
+
+
 def load_policy(reference: str | Path, training: Training) -> Any:
     """A trainable copy of the saved frozen copy."""
     model = AutoModelForCausalLM.from_pretrained(reference, dtype="auto")
@@ -190,6 +211,7 @@ def build_trainer(
         scale_rewards="none",
         seed=training.seed,
         data_seed=training.seed,
+        shuffle_dataset=False,
         use_cpu=device == "cpu",
         bf16=False,
         gradient_checkpointing=device != "cpu",
@@ -200,7 +222,8 @@ def build_trainer(
         report_to=[],
         disable_tqdm=True,
     )
-    places = list(range(len(questions.rl)) if asked is None else asked)
+    lengths = [len(tokenizer(q.prompt)["input_ids"]) for q in questions.rl]
+    places = batches(lengths, asked or range(len(questions.rl)), training)
     dataset = Dataset.from_dict(
         {
             "prompt": [line + questions.rl[k].prompt for k in places],

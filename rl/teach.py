@@ -20,7 +20,7 @@ from rl.audit import Auditor, task_accuracy
 from rl.claims import FEWEST, Claims
 from rl.fitting import fit_probe
 from rl.outcomes import Figures, Picked, figures_of
-from rl.policy import Training, balanced, check_dataset
+from rl.policy import SMALL, Training, balanced, check_dataset
 from rl.probe import Probe, load_probe, save_probe
 from rl.questions import Questions
 from rl.rewards import Reward, check_rewards
@@ -30,6 +30,8 @@ from rl.warmup import Warmup, warm_up
 
 PAID = (0.2, 0.8)
 """Least and most that an abstention is paid."""
+WARMUP_RATE = {True: 2e-4, False: 1e-5}
+"""Learning rate of the warm-up, of all weights, for small models and for others."""
 
 
 @dataclass(frozen=True)
@@ -302,7 +304,9 @@ def reference_model(
         warmup = Warmup(taken["steps"], tuple(taken["abstained"]))
     else:
         warm = copy.deepcopy(model)
-        warmup = warm_up(warm, tokenizer, questions, seed=seed)
+        size = sum(p.numel() for p in warm.parameters())
+        rate = WARMUP_RATE[size <= SMALL]
+        warmup = warm_up(warm, tokenizer, questions, lr=rate, seed=seed)
         warm.save_pretrained(saved)
         tokenizer.save_pretrained(saved)
         write_json(record, warmup)

@@ -7,8 +7,10 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
+import rl.fitting
+from evals.comparison import Interval
 from rl.claims import Claims
-from rl.fitting import _folded, regression
+from rl.fitting import _folded, fit_probe, regression
 from rl.measures import auroc, calibration_error, paired_gain
 from rl.probe import load_probe, save_probe
 from rl.sampling import Answer
@@ -98,6 +100,41 @@ def test_the_probe_tells_right_from_wrong_and_its_controls_do_not(
     p = probe.score(organism, tokenizer, claims["calibration"].rows)
     assert ((p >= 0) & (p <= 1)).all()
     check_worth(probe, organism, tokenizer, claims["calibration"], bag)
+
+
+def test_an_attention_probe_is_taken_only_where_it_reads_better(
+    organism, tokenizer, claims, probe, monkeypatch, tmp_path
+):
+    assert probe.position != "attention"
+    monkeypatch.setattr(rl.fitting, "paired_gain", lambda *_, **__: Interval(0.1, 0.05, 0.15))
+    fit, calibration = claims["fit"], claims["calibration"]
+    attention, choice = fit_probe(organism, tokenizer, fit, calibration)
+    assert choice["chosen"][0] == attention.position == "attention"
+    save_probe(attention, tmp_path)
+    again = load_probe(tmp_path)
+    rows = calibration.rows[:6]
+    np.testing.assert_array_equal(
+        again.score(organism, tokenizer, rows), attention.score(organism, tokenizer, rows)
+    )
+    # weights of one token are the softmax over one: the state itself
+    one = [(prompt, answer[:1]) for prompt, answer in rows]
+    hidden = read_states(organism, tokenizer, one).pooled["answer"][:, attention.layer]
+    torch.testing.assert_close(
+        attention.logits(organism, tokenizer, one), hidden @ attention.weight + attention.bias
+    )
+
+
+def test_layer_and_position_are_chosen_on_the_fit_split_alone(organism, tokenizer, claims):
+    """Whatever the calibration split holds, the choice is the same."""
+    fit, calibration = claims["fit"], claims["calibration"]
+    wrong_way = dataclasses.replace(calibration, right=1 - calibration.right)
+    first, choice = fit_probe(organism, tokenizer, fit, calibration)
+    second, other = fit_probe(organism, tokenizer, fit, wrong_way)
+    assert choice == other
+    assert (first.weight == second.weight).all()
+    assert np.sign(first.slope) != np.sign(second.slope)
+    position, layer = choice["chosen"]
+    assert choice["grid"][position][layer] == max(max(row) for row in choice["grid"].values())
 
 
 def test_a_probe_that_is_no_reward_is_refused(organism, tokenizer, claims, probe):

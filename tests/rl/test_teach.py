@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 import rl.arms
 from rl import Monitor, teach
 from rl.arms import ARMS, run_arm
-from rl.policy import Training, balanced, check_reference, load_policy
+from rl.policy import Training, balanced, batches, check_reference, load_policy
 from rl.questions import Questions
 from rl.teach import payment
 
@@ -244,6 +244,21 @@ def test_known_and_unknown_are_asked_equally_often():
     assert sum(known[k] for k in asked) * 2 == len(asked) == 10
     assert set(asked) == set(range(7))
     assert balanced([False] * 3) == [0, 1, 2]
+
+
+def test_prompts_of_a_step_are_of_like_length_and_all_are_asked():
+    lengths = [10, 12, 9, 40, 45, 11, 41, 8, 15]
+    training = Training(steps=400, prompts=2, seed=3)
+    order = batches(lengths, range(9), training)
+    steps = [order[k : k + 2] for k in range(0, len(order), 2)]
+    assert len(steps) == 400
+    assert all(max(lengths[k] for k in s) < 2 * min(lengths[k] for k in s) for s in steps)
+    asked = [order.count(k) for k in range(9)]
+    assert min(asked) > 60  # 89 on average
+    short = [k for k in order if lengths[k] < 16]
+    assert all(set(short[k : k + 6]) == set(short[:6]) for k in range(0, 120, 6))
+    assert batches(lengths, range(9), training) == order
+    assert batches([9], [0], Training(steps=1, prompts=3)) == [0, 0, 0]
 
 
 def test_the_arms_that_are_promised_are_there():
