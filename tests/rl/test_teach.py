@@ -170,7 +170,8 @@ def bench_of(folder, organism, tokenizer, questions):
         tested,
         abstain,
         FEW,
-        2,
+        2 * 2,
+        asked=balanced(known_questions(organism, tokenizer, questions.rl, questions)),
     )
 
 

@@ -46,9 +46,9 @@ def test_what_cannot_be_taught_is_refused_before_the_long_work(capsys, tmp_path)
 
 @pytest.fixture
 def few_questions(monkeypatch):
-    """An eighth of the organism's questions: seconds instead of minutes."""
+    """A quarter of the organism's questions: seconds instead of minutes."""
     whole = rl.organism.organism_questions
-    monkeypatch.setattr(rl.organism, "organism_questions", lambda seed: whole(seed, size=0.125))
+    monkeypatch.setattr(rl.organism, "organism_questions", lambda seed: whole(seed, size=0.25))
 
 
 def test_a_whole_run_teaches_judges_and_reports(tmp_path, few_questions, capsys):
