@@ -34,6 +34,13 @@ ROUND_SHARE = 0.35
 """Share of each population that is measured again after a round, another one every time."""
 
 
+def spectrum_rows(width: int) -> int:
+    """Rows of the batch whose Hessian is looked at: 8, or some 2,048 tokens where rows are long,
+    since second derivatives take the slow attention, whose cost grows with the square of the
+    width."""
+    return max(1, min(8, 2048 // width))
+
+
 def spectrum_stage(run: Run) -> None:
     """PyHessian on the middle layer's down projection: top eigenvalues, trace and density."""
     if not run.recipe.spectrum:
@@ -42,11 +49,12 @@ def spectrum_stage(run: Run) -> None:
 
     def compute(_: Path) -> Any:
         blocks = mlp_blocks(run.patient.model)
+        most = spectrum_rows(r.width)
         stream = batches(
-            keep, run.patient.tokenizer, width=r.width, batch_size=8, tokens=None, seed=r.seed
+            keep, run.patient.tokenizer, width=r.width, batch_size=most, tokens=None, seed=r.seed
         )
         batch = next(stream)
-        spectra = RowsAtOnce("spectrum", None, 8).run(
+        spectra = RowsAtOnce("spectrum", None, most).run(
             lambda rows: pyhessian_spectra(
                 run.patient.model,
                 [part for _, part in pieces(batch, rows)],

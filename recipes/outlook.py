@@ -14,7 +14,7 @@ from curvature.populations import Population, batches
 from curvature.targets import mlp_blocks
 from evals.evalset import EvalSet, Material
 from recipes.cut import HARDEN_STEPS
-from recipes.measure import ROUND_SHARE
+from recipes.measure import ROUND_SHARE, spectrum_rows
 from recipes.patient import ATTACK_TOKENS
 from recipes.recipe import Recipe
 
@@ -100,7 +100,7 @@ def expected_tokens(recipe: Recipe, model: nn.Module, tokenizer: Any, material: 
     few = [passed(p, tokenizer, r, r.map_tokens) for p in (*keep, *gone)] if r.map_tokens else []
     # every group of directions is removed in turn and read, and the shifts are predicted
     out["curvature-map"] = sum(few) * (COST + 16) + 100 * r.map_tokens + eigen * bool(few)
-    out["spectrum"] = 100 * 8 * r.width * r.spectrum
+    out["spectrum"] = 100 * spectrum_rows(r.width) * r.width * r.spectrum
     candidates = 1 if r.strength is not None else r.candidates
     once = eigen + 1.5 * tune
     if r.method == "none":

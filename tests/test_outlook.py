@@ -8,6 +8,7 @@ import torch
 
 import run
 from curvature import collect_factors, select_targets
+from recipes.measure import spectrum_rows
 from recipes.outlook import asked, duration, expected_seconds, expected_tokens, passed
 from recipes.patient import fit, load
 
@@ -82,6 +83,10 @@ def test_no_more_digits_than_an_estimate_has():
         "90 min",
         "2.5 h",
     ]
+
+
+def test_the_spectrum_reads_no_more_tokens_where_rows_are_long():
+    assert [spectrum_rows(w) for w in (48, 256, 512, 4096)] == [8, 8, 4, 1]
 
 
 def test_the_header_is_quick(patient):
