@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import run
+from recipes.measure import measure, measured_targets
+from recipes.patient import fit, load
 from recipes.recipe import save_recipe
 
 ROOT = Path(__file__).parent.parent
@@ -57,6 +59,23 @@ def finished(files, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "first"
     assert run.main(arguments(files, out)) == 0
     return out
+
+
+def test_a_round_measures_another_share_of_each_text(files, tmp_path):
+    """Never fewer tokens than a factor has rows, and not the same ones every time."""
+    recipe = run.parse(arguments(files, tmp_path / "run", factor_tokens=400))
+    patient = load(fit(recipe))
+    with run.opened(recipe, patient) as opened:
+        targets = measured_targets(opened, patient.model)
+
+        def measured(share, seed):
+            found = measure(opened, patient.model, targets, "round", share, False, seed)
+            return found["reference"][targets[0].name]
+
+        side = max(max(t.d_in, t.d_out) for t in targets)
+        third, other, tenth = measured(0.35, 1), measured(0.35, 2), measured(0.01, 1)
+    assert side <= tenth.tokens < third.tokens < 4 * 400
+    assert not torch.equal(third.A, other.A)
 
 
 def test_a_run_leaves_a_checkpoint_that_ordinary_tools_load(files, finished):

@@ -9,6 +9,7 @@ from curvature.populations import (
     Document,
     Population,
     batches,
+    count_scored,
     endless_batches,
     load_population,
     mix_populations,
@@ -193,6 +194,12 @@ def test_the_token_budget_is_exact_and_a_prefix(tokenizer, plain, tokens):
     first = next(iter(some)).ids[0]
     n = min(len(first), everything[0].ids.shape[1])
     assert torch.equal(first[:n], everything[0].ids[0][:n])
+
+
+def test_all_that_can_be_scored_is_counted_beforehand(tokenizer, plain, memorized):
+    for population in (plain, memorized):
+        stream = batches(population, tokenizer, width=48, batch_size=3, seed=5)
+        assert count_scored(population, tokenizer, 48) == sum(int(b.scored.sum()) for b in stream)
 
 
 def test_order_depends_on_the_seed_alone(tokenizer, plain):
