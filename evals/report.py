@@ -760,7 +760,7 @@ def write_teaching(folder: str | Path, name: str, teaching: Mapping[str, Any]) -
     text = _environment(False).get_template("report.md.jinja")
     _write(folder / "report.md", text.render(**about, tables=cells, answers=[(question, told)]))
     page = _environment(True).get_template("report.html.jinja")
-    cards = [(question, told, headline, "made-up answers")]
+    cards = [(question, [told], headline, "made-up answers")]
     file = folder / "report.html"
     _write(file, page.render(**about, tables=shown, cards=cards, broken="", open_tables=len(shown)))
     return file

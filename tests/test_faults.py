@@ -229,7 +229,8 @@ def test_memory_that_really_ends_halves_the_rows_and_changes_no_figure():
     quiet, expected = worker(0)
     said, found = worker(40)
     assert quiet == []
-    passes = ("the pass over 'p'", "scoring of recitations", "reading of clean text", "training")
+    # recitations and clean text are read in portions that stay small
+    passes = ("the pass over 'p'", "training")
     for name in passes:
         rows = [int(line.split("with ")[1].split()[0]) for line in said if f"in {name}:" in line]
         assert rows, f"{name} did not run out of memory: {said}"
