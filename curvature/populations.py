@@ -357,9 +357,16 @@ def batches(
         )
 
 
-def count_scored(population: Population, tokenizer: PreTrainedTokenizerBase, width: int) -> int:
-    """Tokens that `batches` scores in all."""
-    return sum(sum(scored) for _, scored in _pieces(population, tokenizer, width, 0, False))
+def count_scored(
+    population: Population, tokenizer: PreTrainedTokenizerBase, width: int, most: int
+) -> int:
+    """Tokens that `batches` scores in all, or `most` where it is more: no further text is read."""
+    found = 0
+    for _, scored in _pieces(population, tokenizer, width, 0, False):
+        found += sum(scored)
+        if found >= most:
+            return most
+    return found
 
 
 def endless_batches(

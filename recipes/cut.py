@@ -23,6 +23,7 @@ from recipes.recipe import goals_of
 from surgery.operate import operate
 from surgery.plan import load_plan, save_plan
 from surgery.predict import (
+    Cost,
     holds_to,
     partly,
     plan_deltas,
@@ -36,6 +37,8 @@ from surgery.search import Axis, Goals, Outcome, best_layers, miss, objective, s
 
 ROUND_STRENGTHS = (0.005, 0.015, 0.002)
 """Strengths of a round that the search begins with."""
+ROUND_SETTINGS = ("eps", "keep_weights", "width", "batch_size", "seed", "targets", "factor_tokens")
+"""What a round depends on beside the cut before it."""
 COST_SCALES = (0.05, 0.1, 0.25, 0.5, 1.0)
 """Shares of the whole edit at which its predicted cost is compared with the measured one."""
 HARDEN_STEPS, HARDEN_LR = 40, 3e-4
@@ -195,7 +198,6 @@ def tries(
         return tries_once(run, factors, r.method, 0, [settings["strength"]])
     where = settings.get("layers", "all")
     kept_goals = dataclasses.replace(goals, forget=None)
-    names = ("eps", "keep_weights", "width", "batch_size", "seed", "targets", "factor_tokens")
     path: list[Stage] = []
     for number in range(1, r.rounds + 1):
         before = path[-1] if path else None
@@ -204,7 +206,7 @@ def tries(
             "settings": settings,
             "layers": layers[where],
             "tune": run.patient.material.tune.sha256,
-            **{k: getattr(r, k) for k in names},
+            **{k: getattr(r, k) for k in ROUND_SETTINGS},
         }
 
         def compute(folder: Path, number: int = number, before: Stage | None = before) -> Any:
@@ -273,10 +275,9 @@ def harden_stage(run: Run) -> None:
     layers = placements(run)[where]
     parts = halves(run.patient.material.memorized)
     before = tried_stage(run)
-    names = ("eps", "keep_weights", "width", "batch_size", "seed", "targets", "factor_tokens")
     for number in range(1, r.harden + 1):
         depends = {"before": before.fingerprint, "layers": layers, "lr": HARDEN_LR}
-        depends |= {k: getattr(r, k) for k in names}
+        depends |= {k: getattr(r, k) for k in ROUND_SETTINGS}
 
         def compute(folder: Path, number: int = number, before: Stage = before) -> Any:
             start = operate(model, load_plan(before.folder), copy_model=True, check=False)
@@ -294,11 +295,11 @@ def harden_stage(run: Run) -> None:
             )
             returned = select_targets(attacked, r.targets, layers)
             title = f"harden {number}"
-            seed = r.seed + r.rounds + number
+            rounds, strength = chosen["rounds"] + number, 2 * chosen["strength"]
+            seed = r.seed + rounds
             kept = measure(run, start, targets, title, ROUND_SHARE, memorized=False, seed=seed)
             gone = {f"memorized/{p.name}": p for p in parts[1 - number % 2]}
             back = measure_all(run, attacked, returned, gone, title, ROUND_SHARE, seed)
-            rounds, strength = chosen["rounds"] + number, 2 * chosen["strength"]
             measured, scales = {**kept, **back}, chosen["scales"]
             done = cut_once(run, start, measured, scales, targets, rounds, strength, folder)
             return {**chosen, "hardened": number, **done}
@@ -393,47 +394,48 @@ def cost_stage(run: Run) -> None:
     }
 
     def compute(_: Path) -> Any:
-        plan, tokenizer = load_plan(cut.folder), run.patient.tokenizer
-        deltas = plan_deltas(run.patient.model, plan)
-        base = run.patient.model
-        edits = {
-            s: operate(base, partly(base, plan, s), copy_model=True, check=False)
+        plan, base = load_plan(cut.folder), run.patient.model
+        deltas = plan_deltas(base, plan)
+        populations = (*material.keep, *material.memorized)
+        at_once = RowsAtOnce("cost", "batch_size", r.batch_size)
+        batching: dict[str, Any] = {"tokens": r.cost_tokens, "width": r.width, "seed": r.seed}
+
+        def predicted(population: Population, rows: int) -> Cost:
+            settings = {**batching, "batch_size": rows}
+            return predict_cost(base, run.patient.tokenizer, population, deltas, **settings)
+
+        def loss(model: nn.Module, population: Population, rows: int) -> float:
+            settings = {**batching, "batch_size": rows}
+            return population_loss(model, run.patient.tokenizer, population, **settings)
+
+        def losses(model: nn.Module) -> list[float]:
+            return [at_once.run(partial(loss, model, p)) for p in populations]
+
+        costs = [at_once.run(partial(predicted, p)) for p in populations]
+        before = losses(base)
+        # one edited copy at a time: a model may be the largest thing in memory
+        after = {
+            s: losses(operate(base, partly(base, plan, s), copy_model=True, check=False))
             for s in COST_SCALES
         }
-
-        def costs(population: Population, rows: int) -> dict[str, Any]:
-            batching: dict[str, Any] = {
-                "tokens": r.cost_tokens,
-                "width": r.width,
-                "batch_size": rows,
-                "seed": r.seed,
-            }
-            cost = predict_cost(base, tokenizer, population, deltas, **batching)
-            before = population_loss(base, tokenizer, population, **batching)
+        rows = []
+        for k, (population, cost) in enumerate(zip(populations, costs, strict=True)):
             scales = [
-                {
-                    "scale": s,
-                    "predicted": cost.at(s),
-                    "measured": population_loss(edits[s], tokenizer, population, **batching)
-                    - before,
-                }
+                {"scale": s, "predicted": cost.at(s), "measured": after[s][k] - before[k]}
                 for s in COST_SCALES
             ]
-            return {
-                "name": population.name,
-                "first_order": cost.first,
-                "second_order": cost.second,
-                "predicted": cost.total,
-                "measured": scales[-1]["measured"],
-                "tokens": cost.tokens,
-                "scales": scales,
-                "holds_to": holds_to(scales),
-            }
-
-        at_once = RowsAtOnce("cost", "batch_size", r.batch_size)
-        return [
-            at_once.run(partial(costs, population))
-            for population in (*material.keep, *material.memorized)
-        ]
+            rows.append(
+                {
+                    "name": population.name,
+                    "first_order": cost.first,
+                    "second_order": cost.second,
+                    "predicted": cost.total,
+                    "measured": scales[-1]["measured"],
+                    "tokens": cost.tokens,
+                    "scales": scales,
+                    "holds_to": holds_to(scales),
+                }
+            )
+        return rows
 
     run.stages.run("cost", depends, compute)

@@ -33,7 +33,6 @@ def judge_stage(run: Run, arm: str, model: PreTrainedModel) -> None:
         "width": r.width,
         "benchmarks": benchmarks(r),
     }
-
     weights = str(depends["judged"])
 
     def compute(_: Path) -> Any:

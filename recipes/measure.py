@@ -165,10 +165,10 @@ def measure_all(
         likely: Labels = "recited" if population.role == "memorized" else "sampled"
         tokens = r.factor_tokens
         if share < 1:
-            whole = count_scored(population, run.patient.tokenizer, r.width)
+            whole = count_scored(population, run.patient.tokenizer, r.width, tokens)
             # of a small text nothing is left out: a factor wants as many tokens as it has rows
             side = max(max(t.d_in, t.d_out) for t in targets)
-            tokens = max(side, round(share * min(tokens, whole)))
+            tokens = max(side, round(share * whole))
         ways: tuple[Labels, Labels] = (labels.get(key, likely), "margin")
         for way in ways:
             found[key] = collect_factors(

@@ -199,7 +199,9 @@ def test_the_token_budget_is_exact_and_a_prefix(tokenizer, plain, tokens):
 def test_all_that_can_be_scored_is_counted_beforehand(tokenizer, plain, memorized):
     for population in (plain, memorized):
         stream = batches(population, tokenizer, width=48, batch_size=3, seed=5)
-        assert count_scored(population, tokenizer, 48) == sum(int(b.scored.sum()) for b in stream)
+        scored = sum(int(b.scored.sum()) for b in stream)
+        assert count_scored(population, tokenizer, 48, 10_000) == scored
+        assert count_scored(population, tokenizer, 48, scored - 1) == scored - 1
 
 
 def test_order_depends_on_the_seed_alone(tokenizer, plain):
