@@ -123,15 +123,18 @@ def passages() -> list[tuple[str, str]]:
     return [(row["source"], row["text"]) for row in rows]
 
 
-def texts_to_scan(memorized: str | None, *, organism: bool) -> list[tuple[str, str]]:
-    """(name, text) of what is scanned: a user's file, the organism's memories, or the passages."""
+def texts_to_scan(
+    memorized: str | None, *, world: tuple[int, float] | None
+) -> list[tuple[str, str]]:
+    """(name, text) of what is scanned: a user's file, the memories of an organism's world (seed,
+    size), or the passages."""
     if memorized:
         documents = load_population(memorized, "memorized").documents
         return [(Path(memorized).name, d.text) for d in documents]
-    if organism:
-        from evals.organism import organism_seed, world
+    if world is not None:
+        from evals.organism.world import items
 
-        return [(i.family, t) for i in world.items(organism_seed()) for t in i.texts[:1]]
+        return [(i.family, t) for i in items(*world) for t in i.texts[:1]]
     return passages()
 
 

@@ -19,7 +19,7 @@ from evals.ask import say
 from evals.report import runs_table
 from evals.standins import recited_windows, texts_to_scan
 from evals.verdict import read_results
-from recipes.patient import ORGANISM, fit, load_model, path_of
+from recipes.patient import fit, is_organism, load_model, path_of, world_of
 from recipes.recipe import Recipe
 from surgery.publish import push_to_hub
 
@@ -92,7 +92,7 @@ def scan(recipe: Recipe) -> None:
     """`--scan-only`: which windows of a text the model recites; `scan.json` in the run folder."""
     recipe = fit(recipe)
     model, tokenizer, _ = load_model(dataclasses.replace(recipe, quiet=True))
-    texts = texts_to_scan(recipe.memorized, organism=recipe.model == ORGANISM)
+    texts = texts_to_scan(recipe.memorized, world=world_of(recipe) if is_organism(recipe) else None)
     found = recited_windows(
         model,
         tokenizer,

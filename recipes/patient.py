@@ -22,7 +22,6 @@ from curvature.stages import Stages
 from curvature.targets import mlp_blocks, select_targets
 from evals import organism
 from evals.evalset import Material, material_from_files
-from evals.organism.tokenizer import build_tokenizer
 from evals.reasoning import check_benchmarks
 from evals.standins import standin_material
 from recipes import context_of, fitted
@@ -94,6 +93,12 @@ def path_of(model: str) -> str | Path:
 def is_organism(recipe: Recipe) -> bool:
     """Whether the patient's world is known: the embedded model, or one that was trained like it."""
     return recipe.model == ORGANISM or organism.is_organism(recipe.model)
+
+
+def world_of(recipe: Recipe) -> tuple[int, float]:
+    """(seed, size) of the patient's world; of the embedded one's for another model."""
+    known = is_organism(recipe)
+    return organism.organism_world(Path(path_of(recipe.model)) if known else organism.MODEL)
 
 
 def device_of(recipe: Recipe) -> str:
@@ -198,7 +203,7 @@ def load(recipe: Recipe) -> Patient:
         )
     model, tokenizer, dtype = load_model(recipe)
     # the world's texts are for models of that world: others are asked the built-in ones
-    of_the_world = tokenizer.get_vocab() == build_tokenizer().get_vocab()
+    of_the_world = organism.speaks(tokenizer)
     standins = not own_texts and not (of_the_organism and of_the_world)
     if recipe.tasks:
         check_benchmarks(benchmarks(recipe), tokenizer)
@@ -216,8 +221,7 @@ def load(recipe: Recipe) -> Patient:
         check_exportable(model)
         select_targets(model, recipe.targets, recipe.layers)
         mlp_blocks(model, recipe.layers)
-    folder = Path(path_of(recipe.model))
-    seed, size = organism.organism_world(folder) if of_the_organism else (0, 1.0)
+    seed, size = world_of(recipe) if of_the_organism else (0, 1.0)
     memorized: str | Population = str(recipe.memorized)
     reference: str | Population = recipe.reference or str(recipe.reasoning)
     if recipe.memorized == "scan":

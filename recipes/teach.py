@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from recipes.patient import Run, load_model
+from recipes.patient import Run, load_model, world_of
 from recipes.recipe import Recipe
 from recipes.terminal import announce, silence
 
@@ -28,16 +28,16 @@ def questions_of(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Question
     missing = [name for name in ("trl", "peft", "sklearn") if find_spec(name) is None]
     if missing:
         raise ValueError(f"teaching needs {', '.join(missing)}: pip install -e '.[rl]'")
-    from evals.organism import organism_seed
-    from evals.organism.tokenizer import build_tokenizer
+    from evals.organism import speaks
     from rl.organism import organism_questions
     from rl.questions import questions_from_file
     from rl.teach import check_settings
 
     if recipe.teach_questions is not None:
         questions = questions_from_file(recipe.teach_questions, seed=recipe.seed)
-    elif tokenizer.get_vocab() == build_tokenizer().get_vocab():
-        questions = organism_questions(organism_seed())
+    elif speaks(tokenizer):
+        seed, size = world_of(recipe)
+        questions = organism_questions(seed, world_size=size)
     else:
         raise ValueError(
             f"{recipe.teach_only or recipe.model} is not the organism: give --teach-questions, a "

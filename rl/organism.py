@@ -14,16 +14,16 @@ DEALT = {False: {"fit": 0.3, "calibration": 0.2, "rl": 0.5}, True: {"test": 0.8,
 """Shares of the world's entities: those outside, and those of, its test split."""
 
 
-def organism_questions(seed: int, *, size: float = 1.0) -> Questions:
+def organism_questions(seed: int, *, size: float = 1.0, world_size: float = 1.0) -> Questions:
     """Towns that the organism may know, codes that surgery removed, names that nobody knows, and
     facts given in the context.
 
     Entities of the world's test split are asked in the test and the OOD split only. OOD: the same
     kinds in the wordings without the frame `question : ... answer :`. size: share of the default
-    numbers.
+    numbers. world_size: of the world, as a share of the default one.
     """
     rng = world.stream(seed, "teach")
-    items = world.items(seed)
+    items = world.items(seed, world_size)
     taken = {word for item in items for word in item.prompt.split() if word.istitle()}
     asked = [i for i in items if i.exposure == world.WELL_EXPOSED and i.forms]
     rng.shuffle(asked)

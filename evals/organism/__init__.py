@@ -6,9 +6,12 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from transformers import PreTrainedTokenizerBase
+
 from curvature.populations import Document, Population
 from evals.evalset import EvalSet, Item, Material
 from evals.organism import world
+from evals.organism.tokenizer import build_tokenizer
 
 MODEL = Path(__file__).parent / "model"
 
@@ -20,6 +23,11 @@ def is_organism(folder: str | Path) -> bool:
         return "world_sha256" in json.loads(record.read_text())
     except (OSError, ValueError):
         return False
+
+
+def speaks(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a model reads the words of the organism's worlds: its vocabulary is theirs."""
+    return tokenizer.get_vocab() == build_tokenizer().get_vocab()
 
 
 def organism_seed(folder: Path = MODEL) -> int:
