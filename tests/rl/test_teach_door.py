@@ -48,7 +48,12 @@ def test_what_cannot_be_taught_is_refused_before_the_long_work(capsys, tmp_path)
 def few_questions(monkeypatch):
     """A quarter of the organism's questions: seconds instead of minutes."""
     whole = rl.organism.organism_questions
-    monkeypatch.setattr(rl.organism, "organism_questions", lambda seed: whole(seed, size=0.25))
+
+
+    def quarter(seed, world_size):
+        return whole(seed, size=0.25, world_size=world_size)
+
+    monkeypatch.setattr(rl.organism, "organism_questions", quarter)
 
 
 def test_a_whole_run_teaches_judges_and_reports(tmp_path, few_questions, capsys):
