@@ -91,9 +91,10 @@ def strength_stage(run: Run, factors: dict[str, dict[str, Factors]]) -> None:
         ranking, layers = RANKINGS[r.method], placements(run)
         low, high = (0.002, 0.02) if r.in_rounds else ranking.span
         space: dict[str, Axis] = {"strength": Axis(min(low, high), max(low, high), log=ranking.log)}
+        # half of the candidates span the axis, the others are sought where it looks best
+        grid = -(-r.candidates // 2)
         start: list[dict[str, Any]] = [
-            {"strength": x}
-            for x in (ROUND_STRENGTHS if r.in_rounds else strengths(ranking, r.candidates))
+            {"strength": x} for x in (ROUND_STRENGTHS if r.in_rounds else strengths(ranking, grid))
         ]
         if r.in_rounds and len(layers) > 1:
             space["layers"] = Axis(choices=tuple(layers))
@@ -115,9 +116,9 @@ def strength_stage(run: Run, factors: dict[str, dict[str, Factors]]) -> None:
             evaluate,
             evaluations=evaluations,
             journal=run.folder / "search.journal",
-            # the first one is evaluated in any case
+            # the first one is evaluated in any case, and a method that trains would train twice
             predict=(lambda settings: predicted_cost(run, factors, settings, layers))
-            if evaluations > 1
+            if evaluations > 1 and not ranking.needs_texts
             else None,
             start=start,
             seed=r.seed,

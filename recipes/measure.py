@@ -287,6 +287,8 @@ def plan_dense(
         seed=r.seed,
         keep=r.keep_weights,
         targets=select_targets(model, r.targets, layers),
+        populations=populations_of(run),
+        tokenizer=run.patient.tokenizer,
         model_hash=run.patient.sha256,
         **settings,
     )

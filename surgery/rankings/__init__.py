@@ -33,7 +33,7 @@ from surgery.rankings import (
     svd,
     wanda,
 )
-from surgery.rankings.base import Operation, Ranking, mix_factors, shares_of
+from surgery.rankings.base import Operation, Ranking, is_memorized, mix_factors, shares_of
 
 RANKINGS: dict[str, Ranking] = {
     module.RANKING.name: module.RANKING
@@ -55,13 +55,6 @@ RANKINGS: dict[str, Ranking] = {
         npo,
     )
 }
-
-MEMORIZED = "memorized"
-
-
-def is_memorized(name: str) -> bool:
-    """True for the population `memorized` and its parts, `memorized/<part>`."""
-    return name == MEMORIZED or name.startswith(f"{MEMORIZED}/")
 
 
 def plan_surgery(
@@ -86,8 +79,8 @@ def plan_surgery(
     (equal by default). targets: matrices to edit (edit methods). layers: decoder layers whose
     neurons are ranked (neuron methods; all by default). strength: see `RANKINGS[method].strength`.
     populations, tokenizer: the text, for the methods that make passes of their own
-    (`needs_populations`). model_hash: `model_sha256(model)` where the caller has it already.
-    settings: see `RANKINGS[method].settings`.
+    (`needs_texts`), named as the factors are. model_hash: `model_sha256(model)` where the caller
+    has it already. settings: see `RANKINGS[method].settings`.
 
     Raises ValueError on an unknown method or setting, a strength out of bounds, and a population
     that the method needs and that was not given.
@@ -117,11 +110,11 @@ def plan_surgery(
             f"{method} needs the memorized population, which was not given: give --memorized or "
             "another method"
         )
-    for name in ranking.needs_populations:
-        name = chosen.get("keep_population", name) if name == "reasoning" else name
-        if not populations or name not in populations or tokenizer is None:
+    for role in ranking.needs_texts:
+        wanted = [n for n in populations or () if is_memorized(n) == (role == "memorized")]
+        if not wanted or tokenizer is None:
             raise ValueError(
-                f"{method} needs the text of the {name} population and the tokenizer, which were "
+                f"{method} needs the text of a {role} population and the tokenizer, which were "
                 "not given"
             )
     kept = {name: f for name, f in factors.items() if not is_memorized(name)}

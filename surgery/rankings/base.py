@@ -17,6 +17,13 @@ from curvature.factors import Factors
 from curvature.populations import Population
 from curvature.targets import MlpBlock, Target
 
+MEMORIZED = "memorized"
+
+
+def is_memorized(name: str) -> bool:
+    """True for the population `memorized` and its parts, `memorized/<part>`."""
+    return name == MEMORIZED or name.startswith(f"{MEMORIZED}/")
+
 
 @dataclass(frozen=True)
 class Operation:
@@ -53,11 +60,15 @@ class Operation:
         values, vectors, _ = self.memo[id(matrix)]
         return values, vectors
 
-    def text(self, name: str) -> tuple[Population, PreTrainedTokenizerBase]:
-        """A population and the tokenizer. Raises ValueError where either was not given."""
-        if name not in self.populations or self.tokenizer is None:
-            raise ValueError(f"the text of the {name} population and the tokenizer are needed")
-        return self.populations[name], self.tokenizer
+    def texts(self, role: Literal["memorized", "kept"]) -> list[tuple[float, Population]]:
+        """The populations that must go, equally weighted, or those that must stay, by the weights
+        of their factors; the weights sum to 1.
+        """
+        names = [n for n in self.populations if is_memorized(n) == (role == "memorized")]
+        weights = {n: w for n, (w, _) in self.parts.items()} if role == "kept" else {}
+        names = [n for n in names if n in weights] or names
+        total = sum(weights.get(n, 1.0) for n in names)
+        return [(weights.get(n, 1.0) / total, self.populations[n]) for n in names]
 
     def generator(self, name: str) -> torch.Generator:
         """A generator that depends on the seed and the name of its purpose alone."""
@@ -94,7 +105,7 @@ class Ranking:
     log: bool = False
     needs_memorized: bool = False
     needs_factors: bool = True
-    needs_populations: tuple[str, ...] = ()
+    needs_texts: tuple[Literal["memorized", "kept"], ...] = ()
     bounds: tuple[float, float] = (0.0, 1.0)
     settings: Mapping[str, Any] = field(default_factory=dict)
 

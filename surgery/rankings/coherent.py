@@ -19,34 +19,38 @@ from surgery.rankings.contrast import damped
 
 
 def margin_gradients(operation: Operation) -> dict[str, torch.Tensor]:
-    """Mean gradient of the memorized population's margins with respect to every target, [d_out,
-    d_in] fp32.
+    """Mean gradient of the memorized margins with respect to every target, [d_out, d_in] fp32; each
+    memorized population weighs the same.
     """
-    settings = operation.settings
-    stream = batches(
-        *operation.text("memorized"),
-        width=settings["width"],
-        batch_size=16,
-        tokens=settings["tokens"],
-        seed=operation.seed,
-    )
-    scored = 0
+    settings, tokenizer = operation.settings, operation.tokenizer
+    assert tokenizer is not None
+    gradients: dict[str, torch.Tensor] = {}
     with evaluation_mode(operation.model, frozen=True):
         forward = CausalForward(operation.model)
         for target in operation.targets:
             target.parameter.requires_grad_(True)
-            target.parameter.grad = None
-        for number, batch in enumerate(stream):
-            backward_from_loss(
-                forward, batch, "margin", None, where=f"batch {number} of the memorized population"
+        for weight, population in operation.texts("memorized"):
+            scored = 0
+            for target in operation.targets:
+                target.parameter.grad = None
+            stream = batches(
+                population,
+                tokenizer,
+                width=settings["width"],
+                batch_size=16,
+                tokens=settings["tokens"],
+                seed=operation.seed,
             )
-            scored += int(batch.scored.sum())
-        gradients = {}
-        for target in operation.targets:
-            gradient = target.parameter.grad
-            assert gradient is not None
-            gradient = gradient.T if target.kind == "conv1d" else gradient
-            gradients[target.name] = gradient.float() / scored
+            for number, batch in enumerate(stream):
+                where = f"batch {number} of the population {population.name}"
+                backward_from_loss(forward, batch, "margin", None, where=where)
+                scored += int(batch.scored.sum())
+            for target in operation.targets:
+                gradient = target.parameter.grad
+                assert gradient is not None
+                gradient = gradient.T if target.kind == "conv1d" else gradient
+                share = weight * gradient.float() / scored
+                gradients[target.name] = gradients.get(target.name, 0) + share
     return gradients
 
 
@@ -91,6 +95,6 @@ RANKING = Ranking(
     (0.5, 64.0),
     log=True,
     bounds=(0.0, float("inf")),
-    needs_populations=("memorized",),
+    needs_texts=("memorized",),
     settings={"metric": "natural", "eps": 0.1, "flat": 0.6, "tokens": None, "width": 128},
 )

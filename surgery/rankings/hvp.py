@@ -12,11 +12,13 @@ neuron's weights (far less noisy) and the model can shrink.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 
 from curvature.diagonals import fisher_diagonal
 from curvature.hutchinson import curvature_diagonals
-from curvature.populations import batches
+from curvature.populations import Population, batches
 from curvature.targets import MlpBlock, Target
 from surgery.rankings.base import (
     Cut,
@@ -31,12 +33,25 @@ from surgery.rankings.base import (
 SOURCES = ("fisher", "hessian", "ggn")
 
 
-def diagonals(operation: Operation, name: str, targets: list[Target]) -> dict[str, torch.Tensor]:
-    """Curvature of every weight of every target on the population `name`, [d_out, d_in],
-    non-negative.
+def diagonals(
+    operation: Operation, role: Literal["memorized", "kept"], targets: list[Target]
+) -> dict[str, torch.Tensor]:
+    """Curvature of every weight of every target, [d_out, d_in], non-negative: the weighted mean
+    over the populations that must go or stay.
     """
-    settings = operation.settings
-    population, tokenizer = operation.text(name)
+    found: dict[str, torch.Tensor] = {}
+    for weight, population in operation.texts(role):
+        for name, diagonal in diagonals_on(operation, population, targets).items():
+            found[name] = found.get(name, 0) + weight * diagonal
+    return found
+
+
+def diagonals_on(
+    operation: Operation, population: Population, targets: list[Target]
+) -> dict[str, torch.Tensor]:
+    """The same on one population."""
+    settings, tokenizer = operation.settings, operation.tokenizer
+    assert tokenizer is not None
     shared = {"tokens": settings["tokens"], "width": settings["width"]}
     if settings["source"] == "fisher":
         return fisher_diagonal(
@@ -100,7 +115,7 @@ def cut(operation: Operation) -> Cut:
     targets = (
         [t for b in operation.blocks for t in b.targets] if by_neuron else list(operation.targets)
     )
-    keep = diagonals(operation, settings["keep_population"], targets)
+    keep = diagonals(operation, "kept", targets)
     memory = diagonals(operation, "memorized", targets) if settings["margin"] else keep
 
     def edit(
@@ -132,7 +147,7 @@ RANKING = Ranking(
     0.7,
     (0.98, 0.3),
     needs_factors=False,
-    needs_populations=("memorized", "reasoning"),
+    needs_texts=("memorized", "kept"),
     settings={
         "grain": "weights",
         "source": "fisher",
@@ -144,6 +159,5 @@ RANKING = Ranking(
         "multiple": 1,
         "tokens": 20_000,
         "width": 128,
-        "keep_population": "reasoning",
     },
 )

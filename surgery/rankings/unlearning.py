@@ -4,13 +4,15 @@ retain loss) and `npo`.
 ascent: minimize -L_mem + retain L_keep. npo (Zhang et al. 2024, negative preference optimization):
 minimize 2/beta mean log(1 + (p/p_ref)^beta) + retain L_keep, with p the probability of a row of
 memorized text and p_ref that under the patient. AdamW on the chosen targets alone; `strength` is
-the number of steps.
+the number of steps. The batches of a step come from one memorized and one kept population, in
+turn.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Literal
 
 import torch
 from torch import nn
@@ -43,6 +45,22 @@ def npo_loss(model: nn.Module, reference: nn.Module, batch: Batch, beta: float) 
     return 2 / beta * F.softplus(beta * (row_logprob(model, batch) - before)).mean()
 
 
+def streams(operation: Operation, role: Literal["memorized", "kept"]) -> list[Iterator[Batch]]:
+    """Endless batches of every population that must go or stay."""
+    settings, tokenizer = operation.settings, operation.tokenizer
+    assert tokenizer is not None
+    return [
+        endless_batches(
+            population,
+            tokenizer,
+            width=settings["width"],
+            batch_size=settings["batch_size"],
+            seed=operation.seed,
+        )
+        for _, population in operation.texts(role)
+    ]
+
+
 def train(operation: Operation, forget: Forget) -> Cut:
     settings, steps = operation.settings, round(operation.strength)
     if not operation.targets:
@@ -60,17 +78,9 @@ def train(operation: Operation, forget: Forget) -> Cut:
     trained = {t.name: model.get_parameter(f"{t.name}.weight") for t in operation.targets}
     weights = [weight.requires_grad_(True) for weight in trained.values()]
     optimizer = torch.optim.AdamW(weights, lr=settings["lr"], weight_decay=0.0)
-    streams = [
-        endless_batches(
-            *operation.text(name),
-            width=settings["width"],
-            batch_size=settings["batch_size"],
-            seed=operation.seed,
-        )
-        for name in ("memorized", settings["keep_population"])
-    ]
+    gone, kept = (streams(operation, role) for role in ("memorized", "kept"))
     for step in range(steps):
-        memory, keep = (next(stream) for stream in streams)
+        memory, keep = next(gone[step % len(gone)]), next(kept[step % len(kept)])
         loss = forget(model, reference, memory, settings["beta"])
         loss = loss + settings["retain"] * population_loss(model, keep)
         if not torch.isfinite(loss):
@@ -95,13 +105,12 @@ def ranking(name: str, forget: Forget, default: float) -> Ranking:
         log=True,
         bounds=(0.0, 1e6),
         needs_factors=False,
-        needs_populations=("memorized", "reasoning"),
+        needs_texts=("memorized", "kept"),
         settings={
             "lr": 3e-4,
             "retain": 1.0,
             "beta": 0.1,
             "batch_size": 8,
             "width": 128,
-            "keep_population": "reasoning",
         },
     )

@@ -49,7 +49,6 @@ def few_questions(monkeypatch):
     """A quarter of the organism's questions: seconds instead of minutes."""
     whole = rl.organism.organism_questions
 
-
     def quarter(seed, world_size):
         return whole(seed, size=0.25, world_size=world_size)
 

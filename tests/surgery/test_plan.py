@@ -44,7 +44,7 @@ def test_mismatched_files_are_refused(tmp_path, tiny_llama, targets, factors):
 
 @pytest.mark.parametrize("method", RANKINGS)
 def test_same_seed_same_plan(method, tiny_llama, targets, factors):
-    if RANKINGS[method].needs_populations:
+    if RANKINGS[method].needs_texts:
         pytest.skip("tested with its own batches")
     first, second = (plan_surgery(tiny_llama, method, factors, targets=targets) for _ in range(2))
     assert first.tensors.keys() == second.tensors.keys()
