@@ -76,7 +76,8 @@ class Material:
     weighs as much as the others of its role. relearn: the documents that the relearning attack
     trains on. heal: fresh text for healing. tune, test: the judge's two other splits. notes: what a
     reader of the report must know about these texts. scan: texts of the edit split to search for
-    recited windows, each with how often training showed it (None: unknown).
+    recited windows, each with how often training showed it (None: unknown). recited: False where it
+    is known that the model recites next to nothing of the memorized text.
     """
 
     memorized: tuple[Population, ...]
@@ -87,6 +88,7 @@ class Material:
     test: EvalSet
     notes: tuple[str, ...] = ()
     scan: tuple[tuple[str, int | None], ...] = ()
+    recited: bool = True
 
     @property
     def sha256(self) -> str:

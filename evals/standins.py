@@ -26,6 +26,8 @@ TEXTS = Path(__file__).parent / "texts"
 FEWEST = 10
 """Recited windows that are needed for a population of their own; with fewer, all windows stand
 in."""
+TUNE_PROBLEMS = 60
+"""Problems per task of the split that candidates are chosen on, at most."""
 NAMES = "Anna Ben Carl Dora Emma Frank Grace Henry Iris Jack Kate Leo Mary Nick Olga Paul".split()
 THINGS = "lamp kettle hat drum map coat bell cup key rope book chair ring shoe clock flute".split()
 WORDS = "apple bread cloud door egg fire grass house ice jam king leaf moon nest oak pen".split()
@@ -233,16 +235,13 @@ def standin_material(
     by_text = {Document(i.prompt, i.target).key: i for i in chosen}
     window_parts = split_population(windows, SHARES, seed).parts
 
-    def evalset(split: str) -> EvalSet:
+    def evalset(split: str, per_task: int) -> EvalSet:
         return EvalSet(
             split,  # type: ignore[arg-type]
             tuple(by_text[d.key] for d in window_parts[split].documents),
             (),
             (),
-            {
-                task: problems(task, problems_per_task, seed=seed, split=split, shots=shots)
-                for task in TASKS
-            },
+            {task: problems(task, per_task, seed=seed, split=split, shots=shots) for task in TASKS},
             prose_parts[split],
             aside=ASIDE,
         )
@@ -271,8 +270,9 @@ def standin_material(
         keep=(keep, replace(prose_parts["edit"], name="reference")),
         relearn=edit,
         heal=Population("kept text", "reasoning", healing, "built-in problems and prose"),
-        tune=evalset("tune"),
-        test=evalset("test"),
+        tune=evalset("tune", min(problems_per_task, TUNE_PROBLEMS)),
+        test=evalset("test", problems_per_task),
+        recited=enough,
         notes=notes,
         scan=tuple((d.text, None) for d in (*texts, *prose_parts["edit"].documents)),
     )

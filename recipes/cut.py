@@ -41,6 +41,8 @@ ROUND_SETTINGS = ("eps", "keep_weights", "width", "batch_size", "seed", "targets
 """What a round depends on beside the cut before it."""
 COST_SCALES = (0.05, 0.1, 0.25, 0.5, 1.0)
 """Shares of the whole edit at which its predicted cost is compared with the measured one."""
+NOTHING_RECITED = "the model recites too little of the built-in passages: one cut, no search"
+"""Said where stand-in texts are hardly recited: a search could make nothing less."""
 HARDEN_STEPS, HARDEN_LR = 40, 3e-4
 """Steps and learning rate of the relearning that a hardening round is measured on."""
 
@@ -87,6 +89,9 @@ def strength_stage(run: Run, factors: dict[str, dict[str, Factors]]) -> None:
     ).value
     goals = goals_of(r)
     result, points = None, []
+    # one setting where one is given, and where nothing is recited that a search could make less
+    recited = run.patient.material.recited
+    single = r.strength is not None or not recited
     if r.method != "none":
         ranking, layers = RANKINGS[r.method], placements(run)
         low, high = (0.002, 0.02) if r.in_rounds else ranking.span
@@ -109,7 +114,7 @@ def strength_stage(run: Run, factors: dict[str, dict[str, Factors]]) -> None:
             outcomes = [outcome_of(p, base) for p in points_of(settings)]
             return min(outcomes, key=lambda o: objective(goals, o))
 
-        evaluations = 1 if r.strength is not None else r.candidates
+        evaluations = 1 if single else r.candidates
         result = search(
             dataclasses.replace(goals, shrink=None),
             space,
@@ -140,7 +145,11 @@ def strength_stage(run: Run, factors: dict[str, dict[str, Factors]]) -> None:
             "candidates": points + [s.value for s in published],
             "chosen": chosen,
             "goal_met": met,
-            "sentence": result.sentence if result is not None and not met else "",
+            "sentence": ""
+            if result is None or met
+            else NOTHING_RECITED
+            if not recited
+            else result.sentence,
             "skipped": [dataclasses.asdict(c) for c in result.candidates if c.skipped]
             if result is not None
             else [],
@@ -200,7 +209,8 @@ def tries(
     where = settings.get("layers", "all")
     kept_goals = dataclasses.replace(goals, forget=None)
     path: list[Stage] = []
-    for number in range(1, r.rounds + 1):
+    again = r.strength is not None or run.patient.material.recited
+    for number in range(1, (r.rounds if again else 1) + 1):
         before = path[-1] if path else None
         depends = {
             "before": before.fingerprint if before else run.stages.done["factors"].fingerprint,
@@ -270,7 +280,7 @@ def harden_stage(run: Run) -> None:
     Ends before the goals are missed."""
     r, model, done = run.recipe, run.patient.model, run.stages.done
     base, chosen = done["try-base"].value, done["strength"].value["chosen"]
-    if not r.harden or not r.in_rounds:
+    if not r.harden or not r.in_rounds or not run.patient.material.recited:
         return
     goals, where = dataclasses.replace(goals_of(r), forget=None), chosen.get("layers", "all")
     layers = placements(run)[where]

@@ -101,16 +101,17 @@ def expected_tokens(recipe: Recipe, model: nn.Module, tokenizer: Any, material: 
     # every group of directions is removed in turn and read, and the shifts are predicted
     out["curvature-map"] = sum(few) * (COST + 16) + 100 * r.map_tokens + eigen * bool(few)
     out["spectrum"] = 100 * spectrum_rows(r.width) * r.width * r.spectrum
-    candidates = 1 if r.strength is not None else r.candidates
+    candidates = 1 if r.strength is not None or not material.recited else r.candidates
+    rounds = r.rounds if material.recited else 1
     once = eigen + 1.5 * tune
     if r.method == "none":
         candidates = 0
     if r.in_rounds:
         again = MEASURE * read((*keep, *gone), ROUND_SHARE)
-        out["search"] = candidates * (r.rounds * once + (r.rounds - 1) * again)
+        out["search"] = candidates * (rounds * once + (rounds - 1) * again)
         back = MEASURE * (read(keep, ROUND_SHARE) + read(gone, ROUND_SHARE) / 2)
         steps = HARDEN_STEPS * ATTACK_TOKENS * TRAIN
-        out["harden"] = r.harden * (steps + back + once) * (candidates > 0)
+        out["harden"] = r.harden * (steps + back + once) * (candidates > 0) * material.recited
     else:
         out["search"] = candidates * once
     out["search"] += (4 * once if r.method != "kfac" else 0) + 1.5 * tune
