@@ -20,6 +20,7 @@ from datasets import Dataset
 from transformers import (
     AutoModelForCausalLM,
     PreTrainedTokenizerBase,
+    PrinterCallback,
     TrainerCallback,
 )
 from trl import GRPOConfig, GRPOTrainer
@@ -238,6 +239,8 @@ def build_trainer(
         processing_class=tokenizer,
         callbacks=[_EachStep(after)],
     )
+    # without a bar it would print its record in the middle of ours
+    trainer.remove_callback(PrinterCallback)
     if live_gradient:
         trainer.live_probe = (reward.probe, live_gradient)
     return trainer

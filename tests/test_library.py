@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("package", ["curvature", "surgery", "evals"])
+@pytest.mark.parametrize("package", ["curvature", "surgery", "evals", "rl"])
 def test_the_examples_of_a_package_run(package):
     module = importlib.import_module(package)
     result = doctest.testmod(module)
