@@ -160,7 +160,12 @@ def _quiet_hflm() -> Any:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """No log lines and no third-party bars; errors still raise."""
+    from lm_eval import evaluator
+
     logger = logging.getLogger("lm_eval")
+    # it asks git, which complains aloud outside of a checkout, for a number that nobody reads
+    git = evaluator.get_git_commit_hash
+    evaluator.get_git_commit_hash = lambda: ""
     level = logger.level
     logger.setLevel(logging.ERROR)
     place = os.environ.get("LOCAL_RANK")
@@ -172,6 +177,7 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
+        evaluator.get_git_commit_hash = git
         if place is not None:
             os.environ["LOCAL_RANK"] = place
 

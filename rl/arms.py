@@ -13,7 +13,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from curvature.artifacts import fingerprint, read_json, write_json
-from rl.audit import Audit, Auditor, findings, must_stop, verdict_of
+from rl.audit import Audit, Auditor, findings, must_stop, payment_after, verdict_of
 from rl.outcomes import (
     TRIES,
     Figures,
@@ -198,6 +198,7 @@ def run_arm(name: str, bench: Bench, folder: Path) -> Taught:
         if watcher is not None:
             shares.append(watcher.share())
         audits.append(bench.auditor.audit(policy, reward, step))
+        reward.abstain = payment_after(audits, bench.abstain)
         write_json(seen, [asdict(a) for a in audits])
         return must_stop(audits)
 
@@ -219,6 +220,7 @@ def run_arm(name: str, bench: Bench, folder: Path) -> Taught:
     else:
         reached = int(resumed.rsplit("-", 1)[1])
         audits[:] = [a for a in audits if a.step <= reached]
+    reward.abstain = payment_after(audits, bench.abstain)
     trainer.train(resume_from_checkpoint=resumed)
     stopped = audits[-1].step if must_stop(audits) else None
     model = merged(policy)
