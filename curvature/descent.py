@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from curvature.capture import pieces
-from curvature.forward import device_of
+from curvature.forward import CausalForward, device_of, logits_in_chunks
 from curvature.memory import RowsAtOnce
 from curvature.populations import Batch, Population, endless_batches
 from curvature.progress import bar
@@ -35,21 +35,31 @@ def population_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
     return F.cross_entropy(logits[rows, positions].float(), targets)
 
 
-def add_gradients(model: nn.Module, batch: Batch, trained: list[nn.Parameter], rows: int) -> float:
-    """Backward pass of `population_loss` in pieces of `rows` rows; the loss. What was in `.grad`
-    before is cleared."""
+def add_gradients(
+    forward: CausalForward, batch: Batch, trained: list[nn.Parameter], rows: int
+) -> float:
+    """Backward pass of `population_loss` in pieces of `rows` rows, and of the head in chunks of
+    positions: no more logits stand in memory at a time than in a factor pass, and none are made
+    where nothing is scored. Returns the loss. What was in `.grad` before is cleared."""
     for parameter in trained:
         parameter.grad = None
     scored = int(batch.predicting.sum())
+    if not scored:
+        raise ValueError("the batch has no scored token: there is no loss to take")
     total = 0.0
     for _, part in pieces(batch, rows):
-        loss = population_loss(model, part)
-        if len(part.ids) < len(batch.ids):
-            loss = loss * (int(part.predicting.sum()) / scored)
-        total += loss.item()
-        if not math.isfinite(total):
-            break
-        loss.backward()
+        hidden = forward.hidden(part.ids.to(device_of(forward.model)))
+        gradient = torch.zeros_like(hidden, requires_grad=False)
+        for places, targets, leaf, logits in logits_in_chunks(forward, part, hidden):
+            loss = F.cross_entropy(logits.float(), targets, reduction="sum") / scored
+            total += loss.item()
+            if not math.isfinite(total):
+                return total
+            loss.backward()
+            gradient[places] = cast(torch.Tensor, leaf.grad)
+            del loss, leaf, logits
+        if hidden.requires_grad:
+            hidden.backward(gradient)
     return total
 
 
@@ -110,7 +120,8 @@ def fine_tune(
     stream = endless_batches(
         population, tokenizer, width=width, batch_size=batch_size, seed=seed, score_end=score_end
     )
-    losses = []
+    losses: list[float] = []
+    forward = CausalForward(model)
     at_once = RowsAtOnce(progress or "training", "batch_size", batch_size)
     state = torch.random.get_rng_state()
     torch.manual_seed(seed)
@@ -119,7 +130,7 @@ def fine_tune(
         shown = bar(progress, total=steps * batch_size * width, unit="tokens")
         for step in range(steps):
             batch = next(stream)
-            losses.append(at_once.run(partial(add_gradients, model, batch, trained)))
+            losses.append(at_once.run(partial(add_gradients, forward, batch, trained)))
             if not math.isfinite(losses[-1]):
                 raise ValueError(
                     f"the loss is not finite at step {step} of {steps}: lower lr ({lr:g})"

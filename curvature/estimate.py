@@ -12,6 +12,9 @@ Bytes of one process, b per weight, n = rows * width tokens at a time (docs/scal
                                                 two norms' inputs in fp32, q, repeated k and v, the
                                                 attention's output, gate, up, and the targets' own
                                                 inputs for A' and G'; the widest gradient
+    trained   n b L (6 d + 5 q + 4 m) + n b (m + 2 d)
+    rows                                        as above, and what the gradients of norms and
+                                                matrices read; m is what is left of it
     logits    8 min(n, CHUNK / V) V             in chunks over the positions, in fp32 with their
                                                 gradient
 """
@@ -67,6 +70,8 @@ class Estimate:
     populations: int
     rows: int
     one_row: int
+    trained_rows: int
+    one_trained_row: int
     logits: int
     judge: int
     disk: int
@@ -83,13 +88,13 @@ class Estimate:
         return max(
             2 * self.weights + self.held + self.rows + self.logits,
             self.weights + self.judge,
-            self.training + self.rows + self.logits,
+            self.training + self.trained_rows + self.logits,
         )
 
     @property
     def least(self) -> int:
         """What is needed with one row at a time, which is where halving the rows ends."""
-        return max(self.weights + self.held + self.one_row, self.training + self.one_row)
+        return max(self.weights + self.held + self.one_row, self.training + self.one_trained_row)
 
 
 def parameters_of(model: nn.Module) -> int:
@@ -115,16 +120,28 @@ def token_operations(parameters: int, targets: Sequence[Target], *, coupled: boo
 def row_bytes(model: nn.Module, targets: Sequence[Target]) -> int:
     """Bytes per token that stand until the backward pass has used them: the layers from the lowest
     target upwards, their widest gradient, and the hidden states before and after the head."""
+    b, d, q, m, layers = _sides(model)
+    layers -= max(0, min(t.layer for t in targets))
+    return layers * (8 * d + b * (4 * q + 3 * m + d)) + b * (m + 2 * d)
+
+
+def trained_row_bytes(model: nn.Module, keep: float = 1.0) -> int:
+    """The same per token of a training step on all weights, with the share `keep` of the neurons:
+    by layer both norms' inputs, what they scale and what they give, q, k, v and the attention's
+    output before and after the heads are joined, gate, act(gate), up and their product."""
+    b, d, q, m, layers = _sides(model)
+    m = round(keep * m)
+    return b * (layers * (6 * d + 5 * q + 4 * m) + m + 2 * d)
+
+
+def _sides(model: nn.Module) -> tuple[int, int, int, int, int]:
+    """Bytes per weight, hidden size, width of all heads, MLP size (the largest), layers."""
     config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    b = next(model.parameters()).dtype.itemsize
-    d = config.hidden_size
-    heads = config.num_attention_heads
+    d, heads, m = config.hidden_size, config.num_attention_heads, config.intermediate_size
     q = heads * (getattr(config, "head_dim", None) or d // heads)
-    m = config.intermediate_size
     m = max(m) if isinstance(m, list | tuple) else m
-    layers = config.num_hidden_layers - max(0, min(t.layer for t in targets))
-    return layers * (8 * d + b * (4 * q + 3 * m + d)) + b * (m + 2 * d)
+    return next(model.parameters()).dtype.itemsize, d, q, m, config.num_hidden_layers
 
 
 def estimate(model: nn.Module, targets: Sequence[Target], work: Work) -> Estimate:
@@ -137,6 +154,7 @@ def estimate(model: nn.Module, targets: Sequence[Target], work: Work) -> Estimat
     kept = P - round((1 - work.keep) * mlp)
     n = work.batch_size * work.width
     factors, per_token = factor_bytes(targets), row_bytes(model, targets)
+    per_trained = trained_row_bytes(model, work.keep) if work.trains else 0
     eigen = 9 * sum(t.d_in**3 + t.d_out**3 for t in targets)
     operations = (
         work.populations * work.factor_tokens * token_operations(P, targets)
@@ -151,6 +169,8 @@ def estimate(model: nn.Module, targets: Sequence[Target], work: Work) -> Estimat
         populations=work.populations,
         rows=n * per_token,
         one_row=work.width * per_token,
+        trained_rows=n * per_trained,
+        one_trained_row=work.width * per_trained,
         logits=8 * min(n, max(1, CHUNK // V)) * V,
         judge=work.judge_batch_size * work.width * V * (b + 8),
         disk=(2 * work.populations + 1) * factors + b * (P + 4 * kept),
@@ -220,14 +240,14 @@ def refuse(needed: Estimate, free: Room) -> None:
         )
     if needed.least <= free.memory:
         return
-    beside = max(needed.weights, needed.training) + needed.one_row
+    beside = max(needed.weights + needed.one_row, needed.training + needed.one_trained_row)
     if free.device == "cuda" and beside <= free.memory and needed.held <= free.host:
         return
     where = {"cuda": "the GPUs have", "cpu": "this machine has"}[free.device]
     parts = {
         "weights": (needed.weights, "use a machine with more memory or a smaller --model"),
         "factors": (needed.held, "choose fewer --layers or --targets"),
-        "one row": (needed.one_row, "lower --width"),
+        "one row": (max(needed.one_row, needed.one_trained_row), "lower --width"),
         "training": (
             needed.training - needed.weights,
             "set --heal-tokens 0 and --attack-steps 0, or use a larger machine",

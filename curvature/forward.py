@@ -264,6 +264,29 @@ CHUNK = 1 << 25
 """Largest number of logits that stand in memory at a time."""
 
 
+Places = tuple[torch.Tensor, torch.Tensor]
+
+
+def logits_in_chunks(
+    forward: CausalForward, batch: Batch, hidden: torch.Tensor
+) -> Iterator[tuple[Places, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """(places, targets, leaf, logits) of the batch's predicting positions, `CHUNK` logits at most
+    at a time: rows and positions on the device of `hidden`, the tokens after them, a detached copy
+    of the hidden states that takes a gradient, and its logits [n, vocabulary]."""
+    rows, positions = batch.predicting.nonzero(as_tuple=True)
+    targets = batch.ids[rows, positions + 1]
+    rows, positions = rows.to(hidden.device), positions.to(hidden.device)
+    width = hidden.shape[-1] if forward.head is None else _vocabulary(forward)
+    step = max(1, CHUNK // width)
+    for start in range(0, len(rows), step):
+        part = slice(start, start + step)
+        places = rows[part], positions[part]
+        leaf = hidden.detach()[places].requires_grad_()
+        logits = forward.logits(leaf)
+        yield places, targets[part].to(logits.device), leaf, logits
+        del leaf, logits
+
+
 def backward_from_loss(
     forward: CausalForward,
     batch: Batch,
@@ -279,27 +302,15 @@ def backward_from_loss(
     Gradients flow to whatever requires them; `running` is entered around the backward pass through
     the body. Raises ValueError on non-finite logits (`where` names the batch).
     """
-    device = device_of(forward.model)
-    hidden = forward.hidden(batch.ids.to(device))
-    predicting = batch.predicting
-    rows, positions = predicting.nonzero(as_tuple=True)
-    targets = batch.ids[rows, positions + 1].to(hidden.device)
-    drawn = None if noise is None else noise[rows, positions].to(hidden.device)
-    rows, positions = rows.to(hidden.device), positions.to(hidden.device)
-    width = hidden.shape[-1] if forward.head is None else _vocabulary(forward)
-    step = max(1, CHUNK // width)
+    hidden = forward.hidden(batch.ids.to(device_of(forward.model)))
     gradient = torch.zeros_like(hidden, requires_grad=False)
-    for start in range(0, len(rows), step):
-        part = slice(start, start + step)
-        leaf = hidden.detach()[rows[part], positions[part]].requires_grad_()
-        logits = forward.logits(leaf)
+    for places, targets, leaf, logits in logits_in_chunks(forward, batch, hidden):
         if not torch.isfinite(logits).all():
             raise ValueError(f"non-finite logits in {where}: the model or its inputs are broken")
-        z = targets[part].to(logits.device)
-        u = None if drawn is None else drawn[part].to(logits.device)
-        logits.backward(loss_gradient(logits.detach(), z, u, labels).to(logits.dtype))
+        u = None if noise is None else noise[places[0].cpu(), places[1].cpu()].to(logits.device)
+        logits.backward(loss_gradient(logits.detach(), targets, u, labels).to(logits.dtype))
         assert leaf.grad is not None
-        gradient[rows[part], positions[part]] = leaf.grad
+        gradient[places] = leaf.grad
         del leaf, logits
     if hidden.requires_grad:
         with running():

@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from curvature.descent import add_gradients
 from curvature.estimate import (
     Room,
     Work,
@@ -21,6 +22,7 @@ from curvature.estimate import (
     room,
     row_bytes,
     token_operations,
+    trained_row_bytes,
 )
 from curvature.factors import collect_factors, save_factors
 from curvature.forward import CausalForward, backward_from_loss, evaluation_mode
@@ -131,6 +133,28 @@ def test_the_factor_pass_takes_what_the_formula_says(case, tokenizer, population
     assert said.rows == rows * width * row_bytes(model, targets)
     peak = peak_allocated(once, tmp_path)
     assert said.rows + said.logits == pytest.approx(peak, rel=0.15)
+
+
+@pytest.mark.parametrize("case", SHAPES)
+def test_a_training_step_takes_what_the_formula_says(case, tokenizer, population, tmp_path):
+    """Gradients, rows and logits within 15 %."""
+    shape, _, rows, width = SHAPES[case]
+    model = model_of(tokenizer, **shape)
+    (batch, *_) = batches(population, tokenizer, width=width, batch_size=rows)
+    trained, forward = list(model.parameters()), CausalForward(model)
+
+    def once():
+        add_gradients(forward, batch, trained, rows)
+        for parameter in trained:
+            parameter.grad = None
+
+    once()
+    work = replace(WORK, width=width, batch_size=rows, keep=1.0)
+    said = estimate(model, select_targets(model), work)
+    assert said.trained_rows == rows * width * trained_row_bytes(model)
+    gradients = 4 * parameters_of(model)
+    peak = peak_allocated(once, tmp_path)
+    assert gradients + said.trained_rows + said.logits == pytest.approx(peak, rel=0.15)
 
 
 @pytest.mark.parametrize("coupled", [False, True])

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from curvature.descent import fine_tune, population_loss, schedule_share
+from curvature.descent import add_gradients, fine_tune, population_loss, schedule_share
+from curvature.forward import CausalForward
 from curvature.populations import Batch, batches
 
 SETTINGS = {"steps": 12, "lr": 1e-2, "batch_size": 4, "width": 32, "seed": 1}
@@ -20,6 +21,27 @@ def test_population_loss_is_the_mean_over_scored_tokens(tiny_llama, tokenizer, m
     assert float(population_loss(tiny_llama, batch).detach()) == pytest.approx(total / n, rel=1e-5)
     with pytest.raises(ValueError, match="no scored token"):
         population_loss(tiny_llama, Batch(batch.ids, batch.mask, torch.zeros_like(batch.scored)))
+
+
+@pytest.mark.parametrize(("rows", "chunk"), [(16, 1 << 25), (16, 300), (3, 1 << 25)])
+def test_gradients_in_pieces_are_those_of_the_loss(
+    rows, chunk, tiny_llama, tokenizer, memorized, monkeypatch
+):
+    """Whatever rows and logits stand in memory at a time; autograd on the whole batch is the
+    reference."""
+    (batch,) = batches(memorized, tokenizer, width=64, batch_size=16)
+    loss = population_loss(tiny_llama, batch)
+    loss.backward()
+    expected = {name: p.grad.clone() for name, p in tiny_llama.named_parameters()}
+    monkeypatch.setattr("curvature.forward.CHUNK", chunk)
+    trained = list(tiny_llama.parameters())
+    found = add_gradients(CausalForward(tiny_llama), batch, trained, rows)
+    assert found == pytest.approx(float(loss.detach()), rel=1e-5)
+    for name, parameter in tiny_llama.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-7)
+    with pytest.raises(ValueError, match="no scored token"):
+        empty = Batch(batch.ids, batch.mask, torch.zeros_like(batch.scored))
+        add_gradients(CausalForward(tiny_llama), empty, trained, rows)
 
 
 def test_fine_tuning_learns_reproducibly_and_restores_the_mode(tiny_llama, tokenizer, memorized):
