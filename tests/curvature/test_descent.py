@@ -39,8 +39,8 @@ def test_gradients_in_pieces_are_those_of_the_loss(
     assert found == pytest.approx(float(loss.detach()), rel=1e-5)
     for name, parameter in tiny_llama.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-7)
+    empty = Batch(batch.ids, batch.mask, torch.zeros_like(batch.scored))
     with pytest.raises(ValueError, match="no scored token"):
-        empty = Batch(batch.ids, batch.mask, torch.zeros_like(batch.scored))
         add_gradients(CausalForward(tiny_llama), empty, trained, rows)
 
 
