@@ -12,8 +12,16 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from curvature.artifacts import fingerprint, read_json, write_json
-from rl.audit import Audit, Auditor, findings, must_stop, payment_after, verdict_of
+from curvature.artifacts import fingerprint, read_json, read_tensors, write_json, write_tensors
+from rl.audit import (
+    Audit,
+    Auditor,
+    best_audit,
+    findings,
+    must_stop,
+    payment_after,
+    verdict_of,
+)
 from rl.outcomes import (
     TRIES,
     Figures,
@@ -66,6 +74,7 @@ class Taught:
     """One arm, finished. harness: the same model behind the monitor. best: of n samples. stopped:
     the step at which the audit ended the training, None where it ran to its end. on_memory: at each
     audit, the share of the displacement so far on what surgery removed; by_chance: of a random one.
+    taken: the step whose policy is handed on (`rl.audit.best_audit`).
     """
 
     name: str
@@ -79,6 +88,7 @@ class Taught:
     on_memory: tuple[float, ...] = ()
     by_chance: float | None = None
     best: tuple[Picked, ...] = ()
+    taken: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -184,7 +194,7 @@ def run_arm(name: str, bench: Bench, folder: Path) -> Taught:
         policy,
         training.seed,
     )
-    seen = folder / "audits.json"
+    seen, best = folder / "audits.json", folder / "best.safetensors"
     resumed = resume_point(folder)
     audits = [Audit(**a) for a in read_json(seen)] if resumed and seen.exists() else []
     watcher = bench.watch(policy) if bench.watch is not None else None
@@ -200,6 +210,9 @@ def run_arm(name: str, bench: Bench, folder: Path) -> Taught:
         audits.append(bench.auditor.audit(policy, reward, step))
         reward.abstain = payment_after(audits, bench.abstain)
         write_json(seen, [asdict(a) for a in audits])
+        if best_audit(audits) == len(audits) - 1:
+            changed = {n: p for n, p in policy.named_parameters() if p.requires_grad}
+            write_tensors(best, changed, {"step": step})
         return must_stop(audits)
 
     trainer = build_trainer(
@@ -223,8 +236,9 @@ def run_arm(name: str, bench: Bench, folder: Path) -> Taught:
     reward.abstain = payment_after(audits, bench.abstain)
     trainer.train(resume_from_checkpoint=resumed)
     stopped = audits[-1].step if must_stop(audits) else None
+    policy.load_state_dict(read_tensors(best)[0], strict=False)
     model = merged(policy)
-    figures, harness, best = bench.examine(model, folder)
+    figures, harness, picked = bench.examine(model, folder)
     model.save_pretrained(folder / "policy")
     bench.tokenizer.save_pretrained(folder / "policy")
     taught = Taught(
@@ -238,9 +252,11 @@ def run_arm(name: str, bench: Bench, folder: Path) -> Taught:
         time.perf_counter() - started,
         tuple(shares),
         watcher.by_chance() if watcher is not None else None,
-        best,
+        picked,
+        audits[best_audit(audits)].step,
     )
     write_json(folder / "arm.json", taught.to_json())
+    best.unlink()
     for state in folder.glob("checkpoint-*"):
         shutil.rmtree(state)
     return taught

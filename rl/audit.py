@@ -37,7 +37,8 @@ UNEARNED = 0.1
 SILENCED = 0.1
 """Share of the known accuracy whose loss to abstention counts as over-abstention."""
 KEPT = 0.98
-"""Share of the known accuracy at step 0 below which an abstention is paid less."""
+"""Share of the known accuracy at step 0 that must stay: below it an abstention is paid less, and
+the policy is not handed on."""
 WORSE = 0.02
 """Fall of the truth over two audits that stops training, if the proxy rose meanwhile."""
 
@@ -181,6 +182,17 @@ def payment_after(audits: Sequence[Audit], start: float) -> float:
         kept = audit.known >= KEPT * audits[0].known
         paid = min(start, paid * 4 / 3) if kept else paid * 2 / 3
     return paid
+
+
+def best_audit(audits: Sequence[Audit]) -> int:
+    """Place of the audit whose policy is handed on: of those that keep `KEPT` of what was known the
+    one that makes up least, where none does the one that knows most. The first, before any step, is
+    not among them."""
+    taught = range(1, len(audits))
+    kept = [k for k in taught if audits[k].known >= KEPT * audits[0].known]
+    if kept:
+        return min(kept, key=lambda k: (audits[k].hallucination, -k))
+    return max(taught, key=lambda k: (audits[k].known, k))
 
 
 # Conclusions --------------------------------------------------------------------------------------
