@@ -224,8 +224,11 @@ def test_the_monitor_answers_abstains_and_takes_the_best(taught, tokenizer):
         monitor.answer(prompts, n=9)
     with pytest.raises(ValueError, match="unknown"):
         monitor.answer(prompts, threshold="0.5")
+    other = teaching.model
+    with torch.no_grad():
+        other.get_output_embeddings().weight[0, 0] += 1
     with pytest.raises(ValueError, match="other weights"):
-        Monitor(teaching.model, tokenizer, monitor.probe)
+        Monitor(other, tokenizer, monitor.probe)
 
 
 def test_the_probe_s_reading_of_an_answer_in_words(taught):
