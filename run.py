@@ -317,7 +317,9 @@ def finish(
     def concluded() -> int:
         verdict = conclude(run, edited, taught, time.perf_counter() - started)
         goals = judged_goals(verdict, recipe)
-        show(verdict, goals, run.folder, recipe.quiet)
+        strength = run.stages.done.get("strength")
+        search = strength.value["sentence"] if strength is not None else ""
+        show(verdict, goals, run.folder, recipe.quiet, search)
         if recipe.push_to_hub is not None and not recipe.evals_only:
             print(f"uploaded    {push_to_hub(run.folder / 'checkpoint', recipe.push_to_hub)}")
         return goals_met(goals)

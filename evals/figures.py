@@ -654,7 +654,8 @@ def draw_all(results: Mapping[str, Any]) -> list[Drawing]:
                 else "This run has no place here, since the base recites or solves nothing; "
             )
             + f"{len(strength['candidates'])} strengths and "
-            f"{len(v.get('controls', ()))} controls are drawn beside it.",
+            f"{len(v.get('controls', ()))} controls are drawn beside it."
+            + (f" On the tune split: {strength['sentence']}." if strength.get("sentence") else ""),
             trade_off,
             strength["candidates"],
             strength["base"],

@@ -140,16 +140,13 @@ def strength_stage(run: Run, factors: dict[str, dict[str, Factors]]) -> None:
 
     def compute(_: Path) -> Any:
         met = chosen is not None and miss_of(goals, chosen, base) == 0
+        missed = "" if result is None or met else result.sentence
         return {
             "base": base,
             "candidates": points + [s.value for s in published],
             "chosen": chosen,
             "goal_met": met,
-            "sentence": ""
-            if result is None or met
-            else NOTHING_RECITED
-            if not recited
-            else result.sentence,
+            "sentence": missed if recited else NOTHING_RECITED,
             "skipped": [dataclasses.asdict(c) for c in result.candidates if c.skipped]
             if result is not None
             else [],

@@ -36,9 +36,11 @@ def silence(name: str, reused: bool) -> None:
     """Nothing: what `--quiet` says of a stage."""
 
 
-def show(verdict: Verdict, goals: Sequence[Goal], folder: Path, quiet: bool = False) -> None:
-    """The verdict as a small table, the goals, and where the report lies: the last lines on the
-    terminal."""
+def show(
+    verdict: Verdict, goals: Sequence[Goal], folder: Path, quiet: bool = False, search: str = ""
+) -> None:
+    """The verdict as a small table, the goals (where one is missed, what the search for them says),
+    and where the report lies: the last lines on the terminal."""
     console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
     columns, rows = summary(verdict)
     if quiet or not sys.stdout.isatty():
@@ -55,4 +57,6 @@ def show(verdict: Verdict, goals: Sequence[Goal], folder: Path, quiet: bool = Fa
     for goal in goals:
         mark = "met" if goal.met else "NOT MET"
         console.print(f"goal        {goal.name}, {goal.wanted}: {goal.reached}, {mark}")
+    if search and not all(goal.met for goal in goals):
+        console.print(f"tune split  {search}")
     console.print(f"report      {folder / 'report.html'}\ncheckpoint  {folder / 'checkpoint'}")

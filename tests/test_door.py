@@ -193,3 +193,14 @@ def test_standin_problems_are_right_and_splits_share_none():
         assert document.answer == " " + ", ".join(sorted(words))
     for task in standins.TASKS:
         assert len(standins.problems(task, 5, seed=1, split="test")) >= 4, task
+
+
+@pytest.mark.parametrize("missed", [False, True])
+def test_goals_that_were_missed_come_with_the_nearest_points(missed, tmp_path, capsys):
+    from evals.outcome import Goal
+    from evals.verdict import Verdict
+    from recipes.terminal import show
+
+    goals = [Goal("forget", "at most .05", ".2", not missed)]
+    show(Verdict(), goals, tmp_path, search="the goals cannot be met together; nearest points: X")
+    assert ("nearest points: X" in capsys.readouterr().out) == missed
