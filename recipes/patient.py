@@ -28,6 +28,7 @@ from recipes import context_of, fitted
 from recipes.recipe import Recipe, benchmarks, saved_settings
 from surgery.export import check_exportable
 from surgery.rankings.base import shares_of
+from surgery.shrink import check_linear
 
 ORGANISM = "organism"
 """Name of the embedded patient."""
@@ -220,7 +221,9 @@ def load(recipe: Recipe) -> Patient:
     if not recipe.evals_only:
         check_exportable(model)
         select_targets(model, recipe.targets, recipe.layers)
-        mlp_blocks(model, recipe.layers)
+        blocks = mlp_blocks(model, recipe.layers)
+        if "svd" in recipe.controls or recipe.shape == "low-rank":
+            check_linear([t for block in blocks for t in block.targets])
     seed, size = world_of(recipe) if of_the_organism else (0, 1.0)
     memorized: str | Population = str(recipe.memorized)
     reference: str | Population = recipe.reference or str(recipe.reasoning)

@@ -85,7 +85,7 @@ class Recipe:
         gate: Strength that keeps the healing's updates off the directions that serve memory; 0 for
             none.
         controls: Neuron rankings that are given the same parameter count, the same refit and the
-            same healing.
+            same healing; or `svd`: MLP matrices of low rank instead.
         map_tokens: Scored tokens per population for the map of component groups; 0 for no map.
         cost_tokens: Scored tokens per population for the predicted and the measured cost.
         attack_steps: Steps of each relearning attack; 0 for none.
@@ -244,7 +244,7 @@ def check(recipe: Recipe) -> None:
             )
     for setting, name in rankings.items():
         ranks_neurons = name != "none" and "multiple" in RANKINGS[name].settings
-        if setting != "method" and not ranks_neurons:
+        if setting != "method" and not ranks_neurons and setting != "controls svd":
             raise ValueError(f"{setting}: {name} edits matrices and does not rank neurons")
     if len(set(recipe.controls)) < len(recipe.controls):
         twice = next(c for c in recipe.controls if recipe.controls.count(c) > 1)

@@ -22,7 +22,7 @@ from surgery.plan import save_plan
 from surgery.rankings import RANKINGS, plan_surgery
 from surgery.repair import refit, refit_in_order, with_mlp_bias
 from surgery.search import best_layers
-from surgery.shrink import drop_layers, factorize, neurons_for, shrink
+from surgery.shrink import drop_layers, factorize, neurons_for, shrink, singular_share_for
 
 
 def saved(model: PreTrainedModel, folder: Path) -> None:
@@ -44,7 +44,7 @@ def reloaded(run: Run, stage: Stage) -> PreTrainedModel:
 
 def shrink_stage(run: Run, name: str, model: PreTrainedModel, ranking: str) -> PreTrainedModel:
     """Make the model smaller for good, and refit what stays on the kept populations. Controls lose
-    neurons, as many as gives them the parameters of the shrunk model."""
+    neurons (`svd`: ranks), as many as gives them the parameters of the shrunk model."""
     r = run.recipe
     if run.keep_neurons == 1:
         return model
@@ -64,7 +64,10 @@ def shrink_stage(run: Run, name: str, model: PreTrainedModel, ranking: str) -> P
     depends |= {k: getattr(r, k) for k in names}
 
     def compute(folder: Path) -> Any:
-        if control or r.shape in ("uniform", "ragged"):
+        if ranking == "svd":
+            smaller = run.stages.done["shrink"].value["parameters"]
+            small, record = thinner(model, smaller / count_parameters(model))
+        elif control or r.shape in ("uniform", "ragged"):
             small, record = fewer_neurons(
                 run, model, factors, ranking, keep, folder, uniform=control or r.shape == "uniform"
             )
@@ -114,6 +117,15 @@ def fewer_neurons(
         ]
         refit_in_order(small, model, lambda: rows)
     return small, {"removed": plan.removed, "total": plan.total, "output_error_left": left}
+
+
+def thinner(model: PreTrainedModel, parameters: float) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The control `svd`: every MLP matrix cut to its own largest singular values, until this share
+    of all parameters stays. No data, and nothing to refit."""
+    targets = [t for block in mlp_blocks(model) for t in block.targets]
+    share = singular_share_for(model, targets, parameters)
+    small, ranks = factorize(model, None, targets, share)
+    return small, {"ranks": ranks}
 
 
 def other_shape(

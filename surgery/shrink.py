@@ -160,31 +160,79 @@ def pays(d_out: int, d_in: int, rank: int) -> bool:
     return rank * (d_out + d_in) < d_out * d_in
 
 
-@torch.no_grad()
-def factorize(
-    model: PreTrainedModel, factors: Mapping[str, Factors], targets: Sequence[Target], share: float
-) -> tuple[PreTrainedModel, dict[str, int]]:
-    """A new model whose targets are products of two thin matrices where that is smaller: W ~ L R.
-
-    The rank-r factors minimize E|g^T (W - L R) a|^2 in the Kronecker metric: with S_G, S_A
-    symmetric square roots of G and A (damped by 1e-4 of their mean eigenvalue), the truncated
-    singular value decomposition of S_G W S_A, mapped back. The smallest r that keeps `share` of the
-    squared singular mass is taken; a target where this does not pay stays whole. A factored target
-    becomes `nn.Sequential(right, left)`, which no plain class loads: `surgery.export` gives the
-    checkpoint a model type of its own. Returns the model and the rank by target. Raises ValueError
-    for a share outside ]0, 1] and for Conv1D matrices.
-    """
-    if not 0 < share <= 1:
-        raise ValueError(f"share {share:g}: expected above 0 and at most 1")
-    small = copy.deepcopy(model)
-    ranks: dict[str, int] = {}
+def check_linear(targets: Sequence[Target]) -> None:
+    """Raise ValueError for a matrix that `factorize` cannot replace."""
     for target in targets:
         if target.kind != "linear":
             raise ValueError(
                 f"{target.name} is a Conv1D matrix: low rank is made for nn.Linear only"
             )
+
+
+def rank_of(values: torch.Tensor, share: float) -> int:
+    """How many of these singular values, largest first, hold `share` of their squared sum."""
+    reached = (values**2).cumsum(0)
+    return len(values) if share >= 1 else int(torch.searchsorted(reached, share * reached[-1])) + 1
+
+
+def singular_share_for(
+    model: PreTrainedModel, targets: Sequence[Target], parameters: float
+) -> float:
+    """The largest share at which `factorize` without factors leaves at most the share `parameters`
+    of all parameters. Raises ValueError where single ranks are still too many."""
+    check_linear(targets)
+    spectra = [(t, torch.linalg.svdvals(t.weight.detach().double())) for t in targets]
+    everything = count_parameters(model)
+
+    def left(share: float) -> float:
+        gone = 0
+        for target, values in spectra:
+            sides, rank = target.d_out + target.d_in, rank_of(values, share)
+            if pays(target.d_out, target.d_in, rank):
+                gone += target.d_out * target.d_in - rank * sides
+        return 1 - gone / everything
+
+    low, high = 0.0, 1.0
+    if left(low) > parameters:
+        raise ValueError(
+            f"matrices of rank 1 still leave {left(low):.3g} of the parameters, more than "
+            f"{parameters:.3g}"
+        )
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if left(middle) <= parameters else (low, middle)
+    return low
+
+
+@torch.no_grad()
+def factorize(
+    model: PreTrainedModel,
+    factors: Mapping[str, Factors] | None,
+    targets: Sequence[Target],
+    share: float,
+) -> tuple[PreTrainedModel, dict[str, int]]:
+    """A new model whose targets are products of two thin matrices where that is smaller: W ~ L R.
+
+    The rank-r factors minimize E|g^T (W - L R) a|^2 in the Kronecker metric: with S_G, S_A
+    symmetric square roots of G and A (damped by 1e-4 of their mean eigenvalue), the truncated
+    singular value decomposition of S_G W S_A, mapped back; without factors, of W. The smallest r
+    that keeps `share` of the squared singular mass is taken; a target where this does not pay stays
+    whole. A factored target becomes `nn.Sequential(right, left)`, which no plain class loads:
+    `surgery.export` gives the checkpoint a model type of its own. Returns the model and the rank by
+    target. Raises ValueError for a share outside ]0, 1] and for Conv1D matrices.
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"share {share:g}: expected above 0 and at most 1")
+    check_linear(targets)
+    small = copy.deepcopy(model)
+    ranks: dict[str, int] = {}
+    for target in targets:
         roots = []
-        for side in ("G", "A"):
+        for side, n in (("G", target.d_out), ("A", target.d_in)):
+            if factors is None:
+                one = torch.ones(n, dtype=torch.float64, device=target.parameter.device)
+                roots.append((one.diag(), one))
+                continue
             factor = getattr(factors[target.name], side).double()
             basis = eigh(factor, f"factor {side} of {target.name}")
             values = (basis.values + 1e-4 * basis.values.mean()).clamp_min(1e-30).sqrt()
@@ -193,10 +241,7 @@ def factorize(
         weight = target.weight.detach().to(U_G)
         scaled = s_G[:, None] * (U_G.T @ weight @ U_A) * s_A
         left, values, right = torch.linalg.svd(scaled, full_matrices=False)
-        reached = (values**2).cumsum(0)
-        rank = len(values)
-        if share < 1:
-            rank = int(torch.searchsorted(reached, share * reached[-1])) + 1
+        rank = rank_of(values, share)
         if not pays(target.d_out, target.d_in, rank):
             continue
         L = U_G @ ((left[:, :rank] * values[:rank]) / s_G[:, None])

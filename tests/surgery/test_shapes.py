@@ -13,7 +13,7 @@ from curvature.targets import count_parameters, mlp_blocks, select_targets
 from surgery.export import export
 from surgery.rankings import plan_surgery
 from surgery.shapes import own_type
-from surgery.shrink import drop_layers, factorize, pays, shrink
+from surgery.shrink import drop_layers, factorize, pays, shrink, singular_share_for
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -73,6 +73,25 @@ def test_factored_matrices_have_a_model_type_of_their_own(
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
     with torch.no_grad():
         assert torch.equal(loaded(input_ids=ids).logits, small(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("parameters", [0.97, 0.95, 0.93])
+def test_singular_values_go_until_so_many_parameters_are_left(parameters, tiny_llama, targets):
+    """As many as fit, and of each matrix the best of that rank (Eckart and Young)."""
+    everything = count_parameters(tiny_llama)
+    share = singular_share_for(tiny_llama, targets, parameters)
+    small, ranks = factorize(tiny_llama, None, targets, share)
+    assert count_parameters(small) <= parameters * everything
+    more, _ = factorize(tiny_llama, None, targets, min(1.0, share + 1e-6))
+    assert count_parameters(more) > parameters * everything
+    name, rank = next(iter(ranks.items()))
+    weight, thin = tiny_llama.get_submodule(name).weight.detach(), small.get_submodule(name)
+    left = torch.linalg.svdvals(weight)[rank:].norm()
+    assert float((weight - thin[1].weight @ thin[0].weight).detach().norm()) == pytest.approx(
+        float(left), rel=1e-4
+    )
+    with pytest.raises(ValueError, match="matrices of rank 1 still leave"):
+        singular_share_for(tiny_llama, targets, 0.01)
 
 
 def test_full_share_leaves_every_matrix_whole(tiny_llama, factors, targets):
