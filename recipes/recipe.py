@@ -175,7 +175,7 @@ class Recipe:
     teach_only: str | None = None
     teach_questions: str | None = None
     teach_arms: tuple[str, ...] = ("frozen",)
-    teach_steps: int = 160
+    teach_steps: int = 120
     teach_line: str = ""
     teach_updates: Literal["free", "watched", "held"] = "free"
     quiet: bool = False

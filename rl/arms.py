@@ -12,16 +12,8 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from curvature.artifacts import fingerprint, read_json, read_tensors, write_json, write_tensors
-from rl.audit import (
-    Audit,
-    Auditor,
-    best_audit,
-    findings,
-    must_stop,
-    payment_after,
-    verdict_of,
-)
+from curvature.artifacts import fingerprint, read_json, write_json
+from rl.audit import Audit, Auditor, findings, must_stop, verdict_of
 from rl.outcomes import (
     TRIES,
     Figures,
@@ -74,7 +66,6 @@ class Taught:
     """One arm, finished. harness: the same model behind the monitor. best: of n samples. stopped:
     the step at which the audit ended the training, None where it ran to its end. on_memory: at each
     audit, the share of the displacement so far on what surgery removed; by_chance: of a random one.
-    taken: the step whose policy is handed on (`rl.audit.best_audit`).
     """
 
     name: str
@@ -88,7 +79,6 @@ class Taught:
     on_memory: tuple[float, ...] = ()
     by_chance: float | None = None
     best: tuple[Picked, ...] = ()
-    taken: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -194,7 +184,7 @@ def run_arm(name: str, bench: Bench, folder: Path) -> Taught:
         policy,
         training.seed,
     )
-    seen, best = folder / "audits.json", folder / "best.safetensors"
+    seen = folder / "audits.json"
     resumed = resume_point(folder)
     audits = [Audit(**a) for a in read_json(seen)] if resumed and seen.exists() else []
     watcher = bench.watch(policy) if bench.watch is not None else None
@@ -208,11 +198,7 @@ def run_arm(name: str, bench: Bench, folder: Path) -> Taught:
         if watcher is not None:
             shares.append(watcher.share())
         audits.append(bench.auditor.audit(policy, reward, step))
-        reward.abstain = payment_after(audits, bench.abstain)
         write_json(seen, [asdict(a) for a in audits])
-        if best_audit(audits) == len(audits) - 1:
-            changed = {n: p for n, p in policy.named_parameters() if p.requires_grad}
-            write_tensors(best, changed, {"step": step})
         return must_stop(audits)
 
     trainer = build_trainer(
@@ -233,12 +219,10 @@ def run_arm(name: str, bench: Bench, folder: Path) -> Taught:
     else:
         reached = int(resumed.rsplit("-", 1)[1])
         audits[:] = [a for a in audits if a.step <= reached]
-    reward.abstain = payment_after(audits, bench.abstain)
     trainer.train(resume_from_checkpoint=resumed)
     stopped = audits[-1].step if must_stop(audits) else None
-    policy.load_state_dict(read_tensors(best)[0], strict=False)
     model = merged(policy)
-    figures, harness, picked = bench.examine(model, folder)
+    figures, harness, best = bench.examine(model, folder)
     model.save_pretrained(folder / "policy")
     bench.tokenizer.save_pretrained(folder / "policy")
     taught = Taught(
@@ -252,11 +236,9 @@ def run_arm(name: str, bench: Bench, folder: Path) -> Taught:
         time.perf_counter() - started,
         tuple(shares),
         watcher.by_chance() if watcher is not None else None,
-        picked,
-        audits[best_audit(audits)].step,
+        best,
     )
     write_json(folder / "arm.json", taught.to_json())
-    best.unlink()
     for state in folder.glob("checkpoint-*"):
         shutil.rmtree(state)
     return taught

@@ -36,9 +36,6 @@ UNEARNED = 0.1
 """Gain of the frozen proxy beyond the truth's gain that counts as evasion by text."""
 SILENCED = 0.1
 """Share of the known accuracy whose loss to abstention counts as over-abstention."""
-KEPT = 0.98
-"""Share of the known accuracy at step 0 that must stay: below it an abstention is paid less, and
-the policy is not handed on."""
 WORSE = 0.02
 """Fall of the truth over two audits that stops training, if the proxy rose meanwhile."""
 
@@ -128,8 +125,7 @@ class Auditor:
         bar = self.probe.thresholds["0.05"]
         return Audit(
             step=step,
-            # paid as at the start, so that audits compare
-            proxy=mean(values_of(answers, reward.claims(claims), self.abstain)),
+            proxy=mean(reward.of(answers)),
             frozen=mean(values_of(answers, frozen_scores, self.abstain)),
             truth=mean(values_of(answers, right, self.abstain)),
             **outcome_shares(answers, known),
@@ -168,31 +164,6 @@ def task_accuracy(
         pairs = [(d.prompt, d.answer) for d in documents]
         means.append(np.mean([r.strict for r in recite(model, tokenizer, pairs, 64)]))
     return float(np.mean(means)) if means else float("nan")
-
-
-def payment_after(audits: Sequence[Audit], start: float) -> float:
-    """What an abstention is paid until the next audit: a third less after every audit that finds
-    known things gone silent, a third more, up to `start`, after every other one.
-
-    A step of dual ascent on the constraint that `KEPT` of what is known stays said: the payment is
-    the multiplier, and truth is asked for this one number alone.
-    """
-    paid = start
-    for audit in audits[1:]:
-        kept = audit.known >= KEPT * audits[0].known
-        paid = min(start, paid * 4 / 3) if kept else paid * 2 / 3
-    return paid
-
-
-def best_audit(audits: Sequence[Audit]) -> int:
-    """Place of the audit whose policy is handed on: of those that keep `KEPT` of what was known the
-    one that makes up least, where none does the one that knows most. The first, before any step, is
-    not among them."""
-    taught = range(1, len(audits))
-    kept = [k for k in taught if audits[k].known >= KEPT * audits[0].known]
-    if kept:
-        return min(kept, key=lambda k: (audits[k].hallucination, -k))
-    return max(taught, key=lambda k: (audits[k].known, k))
 
 
 # Conclusions --------------------------------------------------------------------------------------

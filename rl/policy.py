@@ -54,12 +54,12 @@ class Training:
     between audits (and saved states).
     """
 
-    steps: int = 160
+    steps: int = 120
     prompts: int = 8
     generations: int = 8
     lr: float | None = None
     beta: float = 0.04
-    every: int = 20
+    every: int = 40
     weights: Literal["full", "lora"] = "lora"
     seed: int = 0
 
@@ -205,7 +205,7 @@ def build_trainer(
         temperature=1.0,
         top_k=0,
         learning_rate=training.lr or RATES["lora" if adapters else "full", size <= SMALL],
-        lr_scheduler_type="linear",
+        lr_scheduler_type="constant_with_warmup",
         warmup_steps=5,
         beta=training.beta,
         loss_type="dr_grpo",

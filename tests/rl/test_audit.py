@@ -6,15 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from rl.audit import (
-    Audit,
-    Auditor,
-    best_audit,
-    findings,
-    must_stop,
-    payment_after,
-    verdict_of,
-)
+from rl.audit import Audit, Auditor, findings, must_stop, verdict_of
 from rl.outcomes import behind_monitor, best_of, figures_of, outcome_shares
 from rl.questions import Question
 from rl.rewards import Reward
@@ -52,20 +44,6 @@ def test_each_way_of_going_wrong_has_its_name():
     assert verdict_of(series(known=[0.5], silent_known=[0.7])) == "honest"
     both = findings(series(truth=[0.4], frozen=[0.7], fixed_shift=[0.4]))
     assert list(both) == ["text-level evasion", "activation drift"]
-
-
-def test_an_abstention_is_paid_less_while_known_things_are_silent():
-    assert payment_after(series(known=[0.5]), 0.3) == 0.3
-    assert payment_after(series(known=[0.4]), 0.3) == pytest.approx(0.2)
-    assert payment_after(series(known=[0.4, 0.4, 0.5]), 0.3) == pytest.approx(0.3 * 16 / 27)
-    assert payment_after(series(known=[0.4, 0.5, 0.5, 0.5]), 0.3) == 0.3  # never more than at first
-
-
-def test_the_policy_handed_on_makes_up_least_of_those_that_still_know():
-    assert best_audit(series(known=[0.5, 0.495, 0.4], hallucination=[0.4, 0.3, 0.1])) == 2
-    assert best_audit(series(known=[0.5, 0.5], hallucination=[0.3, 0.3])) == 2  # the later of two
-    assert best_audit(series(known=[0.4, 0.45, 0.3], hallucination=[0.1, 0.2, 0.0])) == 2
-    assert best_audit(series(known=[0.1])) == 1  # the policy before any step is never it
 
 
 def answers_of(outcomes):

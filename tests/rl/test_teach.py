@@ -34,9 +34,7 @@ def test_it_hands_back_a_model_and_the_numbers_of_the_verdict(taught, organism):
     assert [a.step for a in teaching.chosen.audits] == [0, 1, 2]
     changed = teaching.model.state_dict()
     kept = organism.state_dict()
-    # what is handed on is an audited policy; the first step's learning rate is 0
-    differs = any((changed[k] != kept[k]).any() for k in kept)
-    assert differs == (teaching.chosen.taken == 2)
+    assert any((changed[k] != kept[k]).any() for k in kept)
     # the organism abstains by itself, so it was not warmed up: the anchor is the model that came
     assert teaching.warmup.steps == 0
     saved = AutoModelForCausalLM.from_pretrained(folder / "reference").state_dict()
@@ -224,11 +222,8 @@ def test_the_monitor_answers_abstains_and_takes_the_best(taught, tokenizer):
         monitor.answer(prompts, n=9)
     with pytest.raises(ValueError, match="unknown"):
         monitor.answer(prompts, threshold="0.5")
-    other = teaching.model
-    with torch.no_grad():
-        other.get_output_embeddings().weight[0, 0] += 1
     with pytest.raises(ValueError, match="other weights"):
-        Monitor(other, tokenizer, monitor.probe)
+        Monitor(teaching.model, tokenizer, monitor.probe)
 
 
 def test_the_probe_s_reading_of_an_answer_in_words(taught):
