@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from scipy import stats
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
@@ -356,6 +355,8 @@ def perturbation_map(
         by_group.append(
             {"group": perturbation.name, "memorized": memorized, "kept": kept, "hurts": hurts}
         )
+    from scipy import stats  # half a second, where it is needed
+
     correlation = stats.spearmanr([c.predicted for c in checks], [c.measured for c in checks])
     large = [c for c in checks if c.measured > HURTS]
     near = [c for c in large if abs(c.predicted - c.measured) < 0.5 * c.measured]

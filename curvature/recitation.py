@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from scipy import stats
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -151,6 +150,8 @@ def auroc(positive: Sequence[float], negative: Sequence[float]) -> float | None:
     empty."""
     if not positive or not negative:
         return None
+    from scipy import stats  # half a second, where it is needed
+
     statistic = stats.mannwhitneyu(positive, negative).statistic
     return float(statistic) / (len(positive) * len(negative))
 

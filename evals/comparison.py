@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from scipy.optimize import brentq
-from scipy.stats import binomtest, norm
 
 from evals.reasoning import TaskResult
 
@@ -55,6 +53,8 @@ def rate_interval(
     0."""
     if n < 1:
         raise ValueError("a proportion of no items has no interval")
+    from scipy.stats import binomtest  # half a second, where it is needed
+
     interval = binomtest(int(hits), int(n)).proportion_ci(level, method=method)
     return Interval(hits / n, float(interval.low), float(interval.high), level)
 
@@ -68,6 +68,8 @@ def mcnemar(base: Sequence[float], edited: Sequence[float]) -> tuple[int, int, f
             "McNemar's test needs scores of 0 and 1: use the paired bootstrap for others"
         )
     lost, gained = int(((a == 1) & (b == 0)).sum()), int(((a == 0) & (b == 1)).sum())
+    from scipy.stats import binomtest
+
     p = float(binomtest(lost, lost + gained, 0.5).pvalue) if lost + gained else 1.0
     return lost, gained, p
 
@@ -170,6 +172,9 @@ def detectable_difference(
     A share of 0 is taken as half a pair, and psi is never below d. None where no difference up to 1
     would be found.
     """
+    from scipy.optimize import brentq
+    from scipy.stats import norm
+
     a, b = norm.ppf(1 - alpha / 2), norm.ppf(power)
 
     def excess(d: float) -> float:

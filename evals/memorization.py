@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from rapidfuzz.distance import Levenshtein
-from scipy.stats import mannwhitneyu
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -242,5 +241,7 @@ def membership_auroc(members: Sequence[float], others: Sequence[float]) -> float
     as the organism's exposure rungs are; a user's own text seldom is."""
     if not members or not others:
         raise ValueError("membership needs items of both kinds: members and never-shown ones")
+    from scipy.stats import mannwhitneyu  # half a second, where it is needed
+
     wins = mannwhitneyu(members, others, method="asymptotic").statistic
     return float(wins / (len(members) * len(others)))

@@ -36,14 +36,14 @@ SECONDS = {"start": 5.0, "judge": 2.0, "stage": 0.3}
 
 @torch.no_grad()
 def tokens_per_second(model: nn.Module, *, width: int, batch_size: int) -> float:
-    """Forward pass of one batch of token 0: the fastest of a few within a second, so that a busy
-    moment of the machine is not taken for its speed."""
+    """Forward pass of one batch of token 0: the fastest of a few within half a second, so that a
+    busy moment of the machine is not taken for its speed."""
     device = next(model.parameters()).device
 
     def measured(rows: int) -> float:
         ids = torch.zeros(rows, width, dtype=torch.long, device=device)
         times: list[float] = []
-        while len(times) < 2 or sum(times) < 1:
+        while len(times) < 2 or sum(times) < 0.5:
             started = time.perf_counter()
             model(input_ids=ids, use_cache=False)
             if device.type == "cuda":
@@ -54,8 +54,9 @@ def tokens_per_second(model: nn.Module, *, width: int, batch_size: int) -> float
     return RowsAtOnce("a first look at the speed", None, min(batch_size, 8)).run(measured)
 
 
-def passed(population: Population, tokenizer: Any, recipe: Recipe, scored: int) -> int:
-    """Tokens, padding among them, that pass until so many are scored or the text is used up."""
+def passed(population: Population, tokenizer: Any, recipe: Recipe, scored: int) -> tuple[int, int]:
+    """Tokens, padding among them, that pass until so many are scored or the text is used up; and
+    how many are scored."""
     stream = batches(
         population,
         tokenizer,
@@ -64,7 +65,8 @@ def passed(population: Population, tokenizer: Any, recipe: Recipe, scored: int) 
         tokens=scored,
         seed=recipe.seed,
     )
-    return sum(batch.ids.numel() for batch in stream)
+    sizes = [(batch.ids.numel(), int(batch.scored.sum())) for batch in stream]
+    return sum(n for n, _ in sizes), sum(n for _, n in sizes)
 
 
 def asked(evalset: EvalSet, tokenizer: Any) -> int:
@@ -90,14 +92,21 @@ def expected_tokens(recipe: Recipe, model: nn.Module, tokenizer: Any, material: 
     shrinks = r.keep_neurons is None or r.keep_neurons < 1 or r.shrink is not None
     keep, gone = material.keep, material.memorized
 
-    def read(populations: Iterable[Population], share: float = 1.0) -> int:
-        scored = max(1, round(r.factor_tokens * share))
-        return sum(passed(p, tokenizer, r, scored) for p in populations)
+    budget = max(r.factor_tokens, r.map_tokens, r.cost_tokens)
+    # the texts are read once; smaller budgets take their share
+    known = {p.name: passed(p, tokenizer, r, budget) for p in (*keep, *gone)}
+
+    def part(population: Population, scored: float) -> float:
+        tokens, most = known[population.name]
+        return tokens * min(1.0, scored / most)
+
+    def read(populations: Iterable[Population], share: float = 1.0) -> float:
+        return sum(part(p, r.factor_tokens * share) for p in populations)
 
     test, tune = asked(material.test, tokenizer), asked(material.tune, tokenizer)
     eigen, whole = eigen_tokens(model), read((*keep, *gone))
     out = {"factors": COUPLED * whole + eigen}
-    few = [passed(p, tokenizer, r, r.map_tokens) for p in (*keep, *gone)] if r.map_tokens else []
+    few = [part(p, r.map_tokens) for p in (*keep, *gone)] if r.map_tokens else []
     # every group of directions is removed in turn and read, and the shifts are predicted
     out["curvature-map"] = sum(few) * (COST + 16) + 100 * r.map_tokens + eigen * bool(few)
     out["spectrum"] = 100 * spectrum_rows(r.width) * r.width * r.spectrum
@@ -115,7 +124,7 @@ def expected_tokens(recipe: Recipe, model: nn.Module, tokenizer: Any, material: 
     else:
         out["search"] = candidates * once
     out["search"] += (4 * once if r.method != "kfac" else 0) + 1.5 * tune
-    costs = (passed(p, tokenizer, r, r.cost_tokens) for p in (*keep, *gone))
+    costs = (part(p, r.cost_tokens) for p in (*keep, *gone))
     out["cost"] = COST * sum(costs) * (candidates > 0)
     if shrinks:
         out["shrink"] = COUPLED * read(keep) + 2 * eigen

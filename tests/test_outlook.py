@@ -29,7 +29,8 @@ def test_what_passes_is_what_the_factors_read(patient, scored):
     )
     targets = select_targets(p.model, ["mlp"])
     for population in (*p.material.keep, *p.material.memorized):
-        counted = passed(population, p.tokenizer, recipe, scored)
+        counted, found = passed(population, p.tokenizer, recipe, scored)
+        assert 0 < found <= scored
         seen.clear()
         collect_factors(
             p.model,
