@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 
 from curvature.memory import RowsAtOnce
 from curvature.populations import Population, batches
-from curvature.targets import mlp_blocks
+from curvature.targets import count_parameters, mlp_blocks
 from evals.evalset import EvalSet, Material
 from recipes.cut import HARDEN_STEPS
 from recipes.measure import ROUND_SHARE, spectrum_rows
@@ -100,8 +100,19 @@ def expected_tokens(recipe: Recipe, model: nn.Module, tokenizer: Any, material: 
         tokens, most = known[population.name]
         return tokens * min(1.0, scored / most)
 
-    def read(populations: Iterable[Population], share: float = 1.0) -> float:
-        return sum(part(p, r.factor_tokens * share) for p in populations)
+    blocks = mlp_blocks(model)
+    side = max(n for block in blocks for t in block.targets for n in (t.d_in, t.d_out))
+
+    def read(populations: Sequence[Population], share: float = 1.0) -> float:
+        wanted = (share * min(r.factor_tokens, known[p.name][1]) for p in populations)
+        least = side if share < 1 else 0
+        return sum(part(p, max(least, n)) for p, n in zip(populations, wanted, strict=True))
+
+    # what is smaller is read and trained faster
+    inside = sum(t.parameters for block in blocks for t in block.targets)
+    neurons = 0.6 if r.keep_neurons is None else r.keep_neurons
+    kept = 1 - (1 - neurons) * inside / count_parameters(model) if shrinks else 1.0
+    kept = kept if r.shrink is None else r.shrink
 
     test, tune = asked(material.test, tokenizer), asked(material.tune, tokenizer)
     eigen, whole = eigen_tokens(model), read((*keep, *gone))
@@ -128,17 +139,18 @@ def expected_tokens(recipe: Recipe, model: nn.Module, tokenizer: Any, material: 
     out["cost"] = COST * sum(costs) * (candidates > 0)
     if shrinks:
         out["shrink"] = COUPLED * read(keep) + 2 * eigen
-        out["heal"] = TRAIN * r.heal_tokens * (1 + len(r.controls))
-    arms = 2 + shrinks + (2 * len(r.controls)) + 1
-    out["judge"] = arms * JUDGE * test
+        out["heal"] = TRAIN * r.heal_tokens * (1 + len(r.controls)) * kept
+    small = shrinks + 1 + 2 * len(r.controls)
+    out["judge"] = (2 + small * kept) * JUDGE * test
     rates = len(r.attack_lrs)
     everyone = rates if r.attack_everyone else 1
-    runs = rates + everyone * (1 + len(r.controls)) + 2 + bool(r.controls)
+    # the base on memories and on unrelated text; the edited model and the controls
+    runs = (everyone + 1) + (rates + 1 + everyone * len(r.controls) + bool(r.controls)) * kept
     headline = [i for i in material.test.memories if i.well_exposed or i.exposure == 0]
     scored = sum(map(len, tokenizer([i.prompt + i.target for i in headline])["input_ids"]))
     if r.attack_steps:
         out["attack"] = runs * (TRAIN * r.attack_steps * ATTACK_TOKENS + 2 * scored)
-        out["robustness"] = (2 + bool(r.controls)) * 5 * scored
+        out["robustness"] = (1 + (1 + bool(r.controls)) * kept) * 5 * scored
     return out
 
 
