@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 
 from curvature.artifacts import model_sha256
 from curvature.memory import RowsAtOnce
-from curvature.processes import is_main
+from curvature.populations import Population
+from curvature.processes import is_main, shared_out
 from evals.attacks import MEMORIES, UNRELATED, Curve, relearn, robustness, row_width
 from evals.generation import generate
 from evals.judge import Judgement, judge
@@ -76,37 +77,36 @@ def attack_stage(run: Run, arm: str, model: PreTrainedModel) -> None:
     names = ("attack_steps", "attack_lrs", "attack_everyone", "width")
     training = {**depends, **{k: getattr(r, k) for k in names}}
     every_rate = arm == "edited" or r.attack_everyone
-    shown = [
-        (
-            dataclasses.replace(material.relearn, name=MEMORIES),
-            r.attack_lrs if every_rate else (r.middle_lr,),
-        )
-    ]
+    memories = dataclasses.replace(material.relearn, name=MEMORIES)
+    attacks = [(memories, lr) for lr in (r.attack_lrs if every_rate else (r.middle_lr,))]
     examined = arm in ("base", "edited", *control_arms(r)[:1])
     if examined:
-        shown.append((dataclasses.replace(material.heal, name=UNRELATED), (r.middle_lr,)))
+        attacks.append((dataclasses.replace(material.heal, name=UNRELATED), r.middle_lr))
+
+    def attacked(attack: tuple[Population, float]) -> list[Curve]:
+        population, lr = attack
+        width = row_width(population, tokenizer, r.width)
+        return relearn(
+            model,
+            tokenizer,
+            population,
+            pairs,
+            arm=arm,
+            lrs=(lr,),
+            steps=r.attack_steps,
+            every=max(1, r.attack_steps // 2),
+            batch_size=max(1, ATTACK_TOKENS // width),
+            width=width,
+            judge_batch_size=r.judge_batch_size,
+            start=start,
+            seed=r.seed,
+            progress=f"attack {arm}",
+        )
 
     def compute(_: Path) -> Any:
-        curves: list[Curve] = []
-        for population, lrs in shown:
-            width = row_width(population, tokenizer, r.width)
-            curves += relearn(
-                model,
-                tokenizer,
-                population,
-                pairs,
-                arm=arm,
-                lrs=lrs,
-                steps=r.attack_steps,
-                every=max(1, r.attack_steps // 2),
-                batch_size=max(1, ATTACK_TOKENS // width),
-                width=width,
-                judge_batch_size=r.judge_batch_size,
-                start=start,
-                seed=r.seed,
-                progress=f"attack {arm}",
-            )
-        return [{**dataclasses.asdict(c), "area": c.area} for c in curves]
+        # a single training is repeated in every process, and its scoring shared out
+        done = shared_out(attacks, attacked) if len(attacks) > 1 else [attacked(attacks[0])]
+        return [{**dataclasses.asdict(c), "area": c.area} for curves in done for c in curves]
 
     def without_training(_: Path) -> Any:
         rows = robustness(
