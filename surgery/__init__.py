@@ -24,11 +24,13 @@
 from surgery.operate import operate
 from surgery.plan import Plan, load_plan, save_plan
 from surgery.rankings import RANKINGS, plan_surgery
+from surgery.rounds import in_rounds
 from surgery.shrink import shrink
 
 __all__ = [
     "RANKINGS",
     "Plan",
+    "in_rounds",
     "load_plan",
     "operate",
     "plan_surgery",
