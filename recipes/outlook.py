@@ -190,7 +190,9 @@ def outlook(recipe: Any, model: Any, material: Any, seconds: float | None) -> li
     if r.plan_only:
         steps.append("predict what cuts would cost, and write no weights")
     elif not r.measure_only:
-        steps.append(f"cut by {r.method}, up to {r.candidates} settings tried")
+        tried = r.candidates if material.recited and r.strength is None else 1
+        settings = "one setting" if tried == 1 else f"up to {tried} settings"
+        steps.append(f"cut by {r.method}, {settings} tried")
         if r.shrink is not None:
             steps.append(f"take neurons out until {r.shrink:.0%} of the parameters are left")
         elif r.keep_neurons is None or r.keep_neurons < 1:
