@@ -90,8 +90,7 @@ def strength_stage(run: Run, factors: dict[str, dict[str, Factors]]) -> None:
     goals = goals_of(r)
     result, points = None, []
     # one setting where one is given, and where nothing is recited that a search could make less
-    recited = run.patient.material.recited
-    single = r.strength is not None or not recited
+    single = r.strength is not None or not recited(run)
     if r.method != "none":
         ranking, layers = RANKINGS[r.method], placements(run)
         low, high = (0.002, 0.02) if r.in_rounds else ranking.span
@@ -146,7 +145,7 @@ def strength_stage(run: Run, factors: dict[str, dict[str, Factors]]) -> None:
             "candidates": points + [s.value for s in published],
             "chosen": chosen,
             "goal_met": met,
-            "sentence": missed if recited else NOTHING_RECITED,
+            "sentence": missed if recited(run) else NOTHING_RECITED,
             "skipped": [dataclasses.asdict(c) for c in result.candidates if c.skipped]
             if result is not None
             else [],
@@ -206,18 +205,27 @@ def tries(
     where = settings.get("layers", "all")
     kept_goals = dataclasses.replace(goals, forget=None)
     path: list[Stage] = []
-    again = r.strength is not None or run.patient.material.recited
-    for number in range(1, (r.rounds if again else 1) + 1):
+    recalls, strength = [base["recall"]], settings["strength"]
+    most = r.rounds if r.strength is not None else 2 * r.rounds if recited(run) else 1
+    for number in range(1, most + 1):
         before = path[-1] if path else None
+        if before is not None and r.strength is None:
+            strength = before.value["strength"] * (2 if too_gentle(*recalls[-2:]) else 1)
         depends = {
             "before": before.fingerprint if before else run.stages.done["factors"].fingerprint,
             "settings": settings,
+            "strength": strength,
             "layers": layers[where],
             "tune": run.patient.material.tune.sha256,
             **{k: getattr(r, k) for k in ROUND_SETTINGS},
         }
 
-        def compute(folder: Path, number: int = number, before: Stage | None = before) -> Any:
+        def compute(
+            folder: Path,
+            number: int = number,
+            before: Stage | None = before,
+            strength: float = strength,
+        ) -> Any:
             start = (
                 model
                 if before is None
@@ -233,14 +241,34 @@ def tries(
                 )
                 scales = before.value["scales"]
             about = {"method": r.method, **settings, "rounds": number, "scales": scales}
-            strength = settings["strength"]
+            about["strength"] = strength
             return about | cut_once(run, start, measured, scales, targets, number, strength, folder)
 
         name = f"try-{r.method}-{where}-{settings['strength']:.3g}-{number}"
         path.append(run.stages.run(name, depends, compute))
-        if r.strength is None and miss_of(kept_goals, path[-1].value, base) > 0:
+        recalls.append(path[-1].value["recall"])
+        if r.strength is None and (
+            miss_of(kept_goals, path[-1].value, base) > 0
+            or (number >= r.rounds and forgotten(recalls[0], recalls[-1]))
+        ):
             break
     return path
+
+
+def recited(run: Run) -> bool:
+    """Whether the model recites enough of the memorized text for a search to make it less."""
+    return run.patient.material.recited
+
+
+def too_gentle(before: float | None, after: float | None) -> bool:
+    """Whether a round left more than two thirds of the recall that it found: the next one is twice
+    as strong. How strong a round must be differs from model to model."""
+    return (after or 0.0) > (before or 0.0) * 2 / 3
+
+
+def forgotten(base: float | None, now: float | None) -> bool:
+    """Whether so little of the base's recall is left that further rounds would only cost."""
+    return (now or 0.0) <= 0.01 * (base or 0.0)
 
 
 def cut_once(
@@ -277,7 +305,7 @@ def harden_stage(run: Run) -> None:
     Ends before the goals are missed."""
     r, model, done = run.recipe, run.patient.model, run.stages.done
     base, chosen = done["try-base"].value, done["strength"].value["chosen"]
-    if not r.harden or not r.in_rounds or not run.patient.material.recited:
+    if not r.harden or not r.in_rounds or not recited(run):
         return
     goals, where = dataclasses.replace(goals_of(r), forget=None), chosen.get("layers", "all")
     layers = placements(run)[where]

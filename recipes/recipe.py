@@ -55,8 +55,9 @@ class Recipe:
         judge_batch_size: Items at once for the judge.
         method: Ranking of the dense edit: contrast, kfac, ... or none.
         strength: Strength of the edit (of every round); found on the tune split by default.
-        rounds: Cuts that `contrast` makes at most, measured again after every one; the tune split
-            says where to stop. 1 for a single cut.
+        rounds: Cuts that `contrast` makes, measured again after every one; the tune split says
+            where to stop, and how strong they are where no strength is given; up to twice as many
+            while more than 1 % of the memories are recited. 1 for a single cut.
         harden: Further rounds of `contrast` at most, twice as strong, against what a short
             relearning of half of the edit split's memories brings back of the other half.
         eps: Damping of `contrast`.
