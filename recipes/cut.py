@@ -261,9 +261,9 @@ def recited(run: Run) -> bool:
 
 
 def too_gentle(before: float | None, after: float | None) -> bool:
-    """Whether a round left more than two thirds of the recall that it found: the next one is twice
+    """Whether a round left more than three quarters of the recall that it found: the next one is twice
     as strong. How strong a round must be differs from model to model."""
-    return (after or 0.0) > (before or 0.0) * 2 / 3
+    return (after or 0.0) > 0.75 * (before or 0.0)
 
 
 def forgotten(base: float | None, now: float | None) -> bool:

@@ -7,9 +7,15 @@ from recipes.cut import forgotten, too_gentle
 
 @pytest.mark.parametrize(
     ("before", "after", "doubled"),
-    [(1.0, 0.98, True), (1.0, 0.6, False), (0.3, 0.2, False), (0.3, 0.21, True), (0.0, 0.0, False)],
+    [
+        (1.0, 0.98, True),
+        (1.0, 0.6, False),
+        (0.3, 0.22, False),
+        (0.3, 0.23, True),
+        (0.0, 0.0, False),
+    ],
 )
-def test_a_round_that_takes_less_than_a_third_is_too_gentle(before, after, doubled):
+def test_a_round_that_takes_less_than_a_quarter_is_too_gentle(before, after, doubled):
     assert too_gentle(before, after) == doubled
 
 
