@@ -261,8 +261,8 @@ def recited(run: Run) -> bool:
 
 
 def too_gentle(before: float | None, after: float | None) -> bool:
-    """Whether a round left more than three quarters of the recall that it found: the next one is twice
-    as strong. How strong a round must be differs from model to model."""
+    """Whether a round left more than three quarters of the recall that it found: the next one is
+    twice as strong. How strong a round must be differs from model to model."""
     return (after or 0.0) > 0.75 * (before or 0.0)
 
 
