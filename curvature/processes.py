@@ -117,11 +117,24 @@ def same_weights(model: torch.nn.Module) -> None:
 
 def shared_out(work: Sequence[T], one: Callable[[T], R]) -> list[R]:
     """[one(w) for w in work], each done by one process alone and known to all. The pieces, and so
-    their results, are the same on any number of processes."""
+    their results, are the same on any number of processes. A piece that fails is raised on all:
+    none is left waiting."""
     places = range(rank(), len(work), world())
+    mine: dict[int, R] = {}
+    failed: Exception | None = None
     with alone():
-        mine = {k: one(work[k]) for k in places}
+        try:
+            for k in places:
+                mine[k] = one(work[k])
+        except Exception as error:
+            failed = error
+    bad_input = isinstance(failed, ValueError | OSError)
     everything: dict[int, R] = {}
-    for part in gathered(mine):
+    heard: Exception | None = None
+    for part, word, expected in gathered((mine, failed and str(failed), bad_input)):
         everything |= part
+        if word is not None and heard is None:
+            heard = ValueError(word) if expected else RuntimeError(word)
+    if failed is not None or heard is not None:
+        raise failed or heard  # type: ignore[misc]
     return [everything[k] for k in range(len(work))]

@@ -16,7 +16,6 @@ from rich.table import Table
 
 from curvature.artifacts import read_json, write_json
 from evals.ask import say
-from evals.report import runs_table
 from evals.standins import recited_windows, texts_to_scan
 from evals.verdict import read_results
 from recipes.patient import fit, is_organism, load_model, path_of, world_of
@@ -125,6 +124,9 @@ def scan(recipe: Recipe) -> None:
 
 def compare_runs(folders: Sequence[str]) -> None:
     """The numbers of several finished runs, one column each."""
+    # the report draws: every other command starts without matplotlib
+    from evals.report import runs_table
+
     runs = runs_table(folders)
     table = Table(*runs.columns, box=None)
     for row in runs.rows:

@@ -22,7 +22,7 @@ from optuna.trial import TrialState
 
 from curvature.artifacts import fingerprint
 from curvature.factors import Factors
-from curvature.processes import from_main, is_main
+from curvature.processes import alone, from_main, is_main
 from curvature.targets import Target
 
 Settings = dict[str, Any]
@@ -277,7 +277,9 @@ def search(
         trial = study.ask()
         settings = _suggest(trial, space)
         trial.set_user_attr("settings", settings)
-        predicted = None if predict is None else float(predict(settings))
+        with alone():
+            # the others wait for settings to evaluate
+            predicted = None if predict is None else float(predict(settings))
         trial.set_user_attr("predicted", predicted)
         reason = None if predicted is None else hopeless(predicted, done, goals)
         if reason is not None:

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from curvature.eigenbases import eigh
 from curvature.factors import Factors
 from curvature.populations import Population
+from curvature.processes import shared_out, world
 from curvature.targets import MlpBlock, Target
 
 MEMORIZED = "memorized"
@@ -135,28 +136,35 @@ def coupled_of(factors: Mapping[str, Factors], target: Target) -> tuple[torch.Te
 
 
 def edit_targets(operation: Operation, edit: EditOne) -> Cut:
-    """Run `edit` on every target and gather the new weights in the model's dtype."""
+    """Run `edit` on every target and gather the new weights in the model's dtype. Processes share
+    the targets out, one each at a time."""
     if not operation.targets:
         raise ValueError(
             "no targets were chosen: give layers or patterns that match a weight matrix"
         )
-    tensors: dict[str, torch.Tensor] = {}
-    removed = total = 0
-    for target in operation.targets:
-        weight = weight_of(target)
-        new, gone, components = edit(operation, target, weight)
-        removed, total = removed + gone, total + components
+
+    several = world()
+
+    def one(target: Target) -> tuple[torch.Tensor | None, int, int]:
+        new, gone, components = edit(operation, target, weight_of(target))
         if new is None:
-            continue
+            return None, gone, components
         if not torch.isfinite(new).all():
             raise ValueError(
                 f"{target.name}: the edit gives non-finite weights; raise eps or lower the strength"
             )
         stored = new.T if target.kind == "conv1d" else new
-        original = target.parameter
-        tensors[f"{target.name}.weight"] = stored.to(
-            device=original.device, dtype=original.dtype
-        ).contiguous()
+        stored = stored.to(dtype=target.parameter.dtype).contiguous()
+        return stored if several == 1 else stored.cpu(), gone, components
+
+    tensors: dict[str, torch.Tensor] = {}
+    removed = total = 0
+    for start in range(0, len(operation.targets), several):
+        together = operation.targets[start : start + several]
+        for target, (new, gone, components) in zip(together, shared_out(together, one)):
+            removed, total = removed + gone, total + components
+            if new is not None:
+                tensors[f"{target.name}.weight"] = new.to(target.parameter.device)
     return Cut("edit", tensors, removed, total)
 
 

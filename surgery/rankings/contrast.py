@@ -221,7 +221,7 @@ def cut(operation: Operation) -> Cut:
         raise ValueError(
             "contrast: a hard cut needs mixture joint, whose components are independent"
         )
-    if operation.settings["balance"] and operation.strength > 0:
+    if operation.settings["balance"] and operation.strength > 0 and operation.targets:
         operation = balanced(operation)
     return edit_targets(operation, edit)
 

@@ -20,6 +20,7 @@ from curvature.processes import gathered, is_main, shared_out
 from curvature.targets import select_targets
 from evals.organism import world
 from evals.organism.tokenizer import build_tokenizer
+from surgery.rankings import plan_surgery
 
 
 def main(out: str, documents: int) -> None:
@@ -54,6 +55,25 @@ def main(out: str, documents: int) -> None:
     assert [s[:3] for s in shares] == [(k, 1, 1) for k in (1, 2, 3)]
     assert [s[3] for s in shares] == [True, not dist.is_initialized(), True]
     assert processes.world() == (dist.get_world_size() if dist.is_initialized() else 1)
+    # of a piece that fails all hear the same, whoever has it
+    for kind in (ValueError, RuntimeError):
+        heard = []
+
+        def one(k: int, kind: type[Exception] = kind) -> int:
+            if k > 1:
+                raise kind(f"piece {k} is broken")
+            return k
+
+        try:
+            shared_out([1, 2, 3], one)
+        except kind as error:
+            heard.append(str(error))
+        assert heard == ["piece 2 is broken"] or (rank == 0 and heard == ["piece 3 is broken"])
+    # targets are edited by one process each; a control that draws by lot draws the same
+    both = {"p": factors, "memorized/q": factors}
+    edits = plan_surgery(model, "contrast", both, strength=0.1, targets=targets)
+    lots = plan_surgery(model, "random", {}, strength=0.5, targets=targets, grain="weights")
+    assert len(edits.tensors) == len(lots.tensors) == len(targets) == 6
     own = collect_factors(model, tokenizer, population, targets, share_out=True, **settings)
     path = Path(f"{out}.factors.safetensors")
     save_factors(path, own, {}, share_out=True)
@@ -62,6 +82,8 @@ def main(out: str, documents: int) -> None:
         "own": torch.tensor(len(own)),
         "batches": torch.tensor(len(rows)),
         "hv": hv.contiguous(),
+        **{f"{name} edited": weight for name, weight in edits.tensors.items()},
+        **{f"{name} by lot": weight for name, weight in lots.tensors.items()},
     }
     for name, f in load_factors(path)[0].items():
         tensors |= {f"{name}.{k} shared out": getattr(f, k).clone() for k in ("A", "G_coupled")}
