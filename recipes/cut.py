@@ -32,7 +32,7 @@ from surgery.predict import (
     quadratic_cost,
 )
 from surgery.rankings import RANKINGS
-from surgery.rounds import halves, joined, memory_scales, next_round, relearned
+from surgery.rounds import RESPONSE, halves, joined, memory_scales, next_round, relearned
 from surgery.search import Axis, Goals, Outcome, best_layers, miss, objective, search
 
 ROUND_STRENGTHS = (0.005, 0.015, 0.002)
@@ -210,21 +210,25 @@ def tries(
     for number in range(1, most + 1):
         before = path[-1] if path else None
         if before is not None and r.strength is None:
-            strength = before.value["strength"] * (2 if too_gentle(*recalls[-2:]) else 1)
+            gentle = too_gentle(recalls[0], *recalls[-2:])
+            strength = before.value["strength"] * (2 if gentle else 1)
         depends = {
             "before": before.fingerprint if before else run.stages.done["factors"].fingerprint,
             "settings": settings,
             "strength": strength,
             "layers": layers[where],
             "tune": run.patient.material.tune.sha256,
+            "response": RESPONSE,
             **{k: getattr(r, k) for k in ROUND_SETTINGS},
         }
+        lost = {} if before is None else lost_so_far(run, before.value, base)
 
         def compute(
             folder: Path,
             number: int = number,
             before: Stage | None = before,
             strength: float = strength,
+            lost: dict[str, float] = lost,
         ) -> Any:
             start = (
                 model
@@ -242,7 +246,9 @@ def tries(
                 scales = before.value["scales"]
             about = {"method": r.method, **settings, "rounds": number, "scales": scales}
             about["strength"] = strength
-            return about | cut_once(run, start, measured, scales, targets, number, strength, folder)
+            return about | cut_once(
+                run, start, measured, scales, targets, number, strength, lost, folder
+            )
 
         name = f"try-{r.method}-{where}-{settings['strength']:.3g}-{number}"
         path.append(run.stages.run(name, depends, compute))
@@ -260,10 +266,11 @@ def recited(run: Run) -> bool:
     return run.patient.material.recited
 
 
-def too_gentle(before: float | None, after: float | None) -> bool:
+def too_gentle(base: float | None, before: float | None, after: float | None) -> bool:
     """Whether a round left more than three quarters of the recall that it found: the next one is
-    twice as strong. How strong a round must be differs from model to model."""
-    return (after or 0.0) > 0.75 * (before or 0.0)
+    twice as strong. How strong a round must be differs from model to model. Where a tenth of the
+    base's recall or less is left, a few items decide, and they say nothing about strength."""
+    return (after or 0.0) > max(0.75 * (before or 0.0), 0.1 * (base or 0.0))
 
 
 def forgotten(base: float | None, now: float | None) -> bool:
@@ -279,6 +286,7 @@ def cut_once(
     targets: list[Target],
     number: int,
     strength: float,
+    lost: dict[str, float],
     folder: Path,
 ) -> dict[str, Any]:
     """One cut of a path: its plan, from the patient on, is saved in `folder`; its figures on the
@@ -292,11 +300,31 @@ def cut_once(
         strength=strength,
         targets=targets,
         keep=r.keep_weights,
+        lost=lost,
         seed=r.seed,
         eps=r.eps,
     )
     save_plan(joined(run.patient.model, cut.model, cut.plan, number), folder)
-    return {**tune_figures(run, cast("PreTrainedModel", cut.model)), "energy": cut.energy}
+    figures = tune_figures(run, cast("PreTrainedModel", cut.model))
+    return {**figures, "energy": cut.energy, "lost_before": lost}
+
+
+def lost_so_far(run: Run, point: dict[str, Any], base: dict[str, Any]) -> dict[str, float]:
+    """Share that each kept population has lost on the tune split: the worst of the figures that
+    stand for it. A perplexity that doubles is half of the language."""
+    keep = run.patient.material.keep
+
+    def share(figure: str) -> float:
+        now, was = point.get(figure), base.get(figure)
+        if not now or not was:
+            return 1.0 if was else 0.0
+        return 1 - (was / now if figure == "perplexity" else now / was)
+
+    reasoning = max(share("reasoning"), share("arithmetic"))
+    lost = {p.name: share("perplexity" if p.role == "reference" else "listed") for p in keep}
+    if not any(p.role == "reference" for p in keep):
+        reasoning = max(reasoning, share("perplexity"))
+    return lost | {keep[0].name: reasoning}
 
 
 def harden_stage(run: Run) -> None:
@@ -313,6 +341,7 @@ def harden_stage(run: Run) -> None:
     before = tried_stage(run)
     for number in range(1, r.harden + 1):
         depends = {"before": before.fingerprint, "layers": layers, "lr": HARDEN_LR}
+        depends["response"] = RESPONSE
         depends |= {k: getattr(r, k) for k in ROUND_SETTINGS}
 
         def compute(folder: Path, number: int = number, before: Stage = before) -> Any:
@@ -337,7 +366,8 @@ def harden_stage(run: Run) -> None:
             gone = {f"memorized/{p.name}": p for p in parts[1 - number % 2]}
             back = measure_all(run, attacked, returned, gone, title, ROUND_SHARE, seed)
             measured, scales = {**kept, **back}, chosen["scales"]
-            done = cut_once(run, start, measured, scales, targets, rounds, strength, folder)
+            lost = lost_so_far(run, before.value, base)
+            done = cut_once(run, start, measured, scales, targets, rounds, strength, lost, folder)
             return {**chosen, "hardened": number, **done}
 
         before = run.stages.run(f"harden-{number}", depends, compute)
