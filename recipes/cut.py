@@ -255,7 +255,7 @@ def tries(
         recalls.append(path[-1].value["recall"])
         if r.strength is None and (
             miss_of(kept_goals, path[-1].value, base) > 0
-            or (number >= r.rounds and forgotten(recalls[0], recalls[-1]))
+            or forgotten(recalls[0], recalls[-1])
         ):
             break
     return path
@@ -360,7 +360,7 @@ def harden_stage(run: Run) -> None:
             )
             returned = select_targets(attacked, r.targets, layers)
             title = f"harden {number}"
-            rounds, strength = chosen["rounds"] + number, 2 * chosen["strength"]
+            rounds, strength = chosen["rounds"] + number, chosen["strength"]
             seed = r.seed + rounds
             kept = measure(run, start, targets, title, ROUND_SHARE, memorized=False, seed=seed)
             gone = {f"memorized/{p.name}": p for p in parts[1 - number % 2]}

@@ -55,14 +55,15 @@ class Recipe:
         judge_batch_size: Items at once for the judge.
         method: Ranking of the dense edit: contrast, kfac, ... or none.
         strength: Strength of the edit (of every round); found on the tune split by default.
-        rounds: Cuts that `contrast` makes, measured again after every one; the tune split says
-            where to stop, and how strong they are where no strength is given; up to twice as many
-            while more than 1 % of the memories are recited. 1 for a single cut.
-        harden: Further rounds of `contrast` at most, twice as strong, against what a short
-            relearning of half of the edit split's memories brings back of the other half.
+        rounds: Cuts that `contrast` makes, measured again after every one. With a strength all of
+            them are made; without one the tune split says how strong they are and where to stop:
+            at 1 % of the recall, or at a goal, or after twice as many. 1 for a single cut.
+        harden: Further rounds of `contrast` at most, against what a short relearning of half of the
+            edit split's memories brings back of the other half.
         eps: Damping of `contrast`.
         keep_weights: Weights of the kept populations by name (reasoning, reference; on the organism
-            reasoning, language, listed knowledge); equal by default.
+            reasoning, language, listed knowledge); equal by default. In rounds these are the
+            weights to begin with: what loses weighs more in the next one.
         keep_reasoning: Goal: reasoning on the tune split, as a share of the base, at least.
         keep_perplexity: Goal: clean perplexity on the tune split over the base's, at most.
         forget: Goal: recall on the tune split, as a share of the base, at most.
@@ -143,7 +144,7 @@ class Recipe:
     strength: float | None = None
     rounds: int = 4
     harden: int = 3
-    eps: float = 0.1
+    eps: float = 0.03
     keep_weights: dict[str, float] | None = None
     keep_reasoning: float = 0.97
     keep_perplexity: float | None = None
