@@ -32,7 +32,7 @@ from surgery.predict import (
     quadratic_cost,
 )
 from surgery.rankings import RANKINGS
-from surgery.rounds import RESPONSE, halves, joined, memory_scales, next_round, relearned
+from surgery.rounds import halves, joined, memory_scales, next_round, relearned
 from surgery.search import Axis, Goals, Outcome, best_layers, miss, objective, search
 
 ROUND_STRENGTHS = (0.005, 0.015, 0.002)
@@ -218,7 +218,6 @@ def tries(
             "strength": strength,
             "layers": layers[where],
             "tune": run.patient.material.tune.sha256,
-            "response": RESPONSE,
             **{k: getattr(r, k) for k in ROUND_SETTINGS},
         }
         lost = {} if before is None else lost_so_far(run, before.value, base)
@@ -254,8 +253,7 @@ def tries(
         path.append(run.stages.run(name, depends, compute))
         recalls.append(path[-1].value["recall"])
         if r.strength is None and (
-            miss_of(kept_goals, path[-1].value, base) > 0
-            or forgotten(recalls[0], recalls[-1])
+            miss_of(kept_goals, path[-1].value, base) > 0 or forgotten(recalls[0], recalls[-1])
         ):
             break
     return path
@@ -341,7 +339,6 @@ def harden_stage(run: Run) -> None:
     before = tried_stage(run)
     for number in range(1, r.harden + 1):
         depends = {"before": before.fingerprint, "layers": layers, "lr": HARDEN_LR}
-        depends["response"] = RESPONSE
         depends |= {k: getattr(r, k) for k in ROUND_SETTINGS}
 
         def compute(folder: Path, number: int = number, before: Stage = before) -> Any:

@@ -1,8 +1,14 @@
 """How the path of cuts finds its own strength and end, on recalls made by hand."""
 
+from types import SimpleNamespace
+
 import pytest
 
-from recipes.cut import forgotten, too_gentle
+from curvature.populations import Document, Population
+from curvature.stages import Stages
+from recipes import cut
+from recipes.cut import forgotten, lost_so_far, too_gentle, tries
+from recipes.recipe import Recipe, goals_of
 
 
 @pytest.mark.parametrize(
@@ -28,3 +34,90 @@ def test_a_hundredth_of_the_recall_is_forgotten():
     assert not forgotten(0.5, 0.006)
     assert forgotten(0.0, 0.0)
     assert forgotten(None, None)
+
+
+def kept(*roles):
+    names = {"reasoning": "reasoning", "reference": "language", "listed": "listed knowledge"}
+    return tuple(
+        Population(names[r], "reference" if r == "reference" else "reasoning", (Document("", "a"),))
+        for r in roles
+    )
+
+
+def run_on(keep, tmp_path=None, **settings):
+    """A run whose model, texts and measurements are not looked at."""
+    material = SimpleNamespace(keep=keep, recited=True, tune=SimpleNamespace(sha256="tune"))
+    stages = SimpleNamespace(done={}) if tmp_path is None else Stages(tmp_path)
+    patient = SimpleNamespace(material=material, model=None)
+    return SimpleNamespace(recipe=Recipe(**settings), patient=patient, stages=stages)
+
+
+BASE = {"recall": 1.0, "reasoning": 0.8, "arithmetic": 0.9, "listed": 1.0, "perplexity": 10.0}
+
+
+def test_every_kept_text_answers_for_its_own_figures():
+    point = {"reasoning": 0.76, "arithmetic": 0.81, "listed": 0.97, "perplexity": 12.5}
+    lost = lost_so_far(run_on(kept("reasoning", "reference", "listed")), point, BASE)
+    assert lost == pytest.approx({"reasoning": 0.1, "language": 0.2, "listed knowledge": 0.03})
+    # where no ordinary text is kept beside it, the reasoning text answers for that, too
+    assert lost_so_far(run_on(kept("reasoning")), point, BASE) == pytest.approx({"reasoning": 0.2})
+
+
+def test_what_cannot_be_said_any_more_is_lost_and_what_was_never_there_is_not():
+    run = run_on(kept("reasoning", "reference", "listed"))
+    gone = {"reasoning": 0.0, "arithmetic": None, "listed": None, "perplexity": None}
+    assert set(lost_so_far(run, gone, BASE).values()) == {1.0}
+    never = {"reasoning": 0.0, "arithmetic": None, "listed": None, "perplexity": 9.0}
+    assert lost_so_far(run, gone, never) == {"reasoning": 0, "language": 1, "listed knowledge": 0}
+
+
+@pytest.fixture
+def path(monkeypatch, tmp_path):
+    """`tries` on cuts whose figures are given: returns the strengths and the losses of its
+    rounds."""
+
+    def made(figures, **settings):
+        cuts = []
+
+        def cut_once(run, start, measured, scales, targets, number, strength, lost, folder):
+            cuts.append((strength, lost))
+            return BASE | figures[number - 1]
+
+        monkeypatch.setattr(cut, "cut_once", cut_once)
+        for name in ("measure", "operate", "load_plan", "select_targets", "memory_scales"):
+            monkeypatch.setattr(cut, name, lambda *args, **kwargs: {})
+        run = run_on(kept("reasoning", "reference"), tmp_path, **settings)
+        run.stages.done["factors"] = SimpleNamespace(fingerprint="factors")
+        strength = settings.get("strength", 0.005)
+        layers = {"all": None}
+        found = tries(run, {}, goals_of(run.recipe), BASE, {"strength": strength}, layers)
+        assert [s.value["rounds"] for s in found] == list(range(1, len(cuts) + 1))
+        return cuts
+
+    return made
+
+
+def recalls(*values):
+    return [{"recall": value} for value in values]
+
+
+def test_a_path_doubles_its_strength_and_ends_where_nothing_is_recited(path):
+    cuts = path(recalls(0.98, 0.7, 0.6, 0.09, 0.08, 0.01))
+    assert [s for s, _ in cuts] == [0.005, 0.01, 0.01, 0.02, 0.02, 0.02]
+
+
+def test_a_path_ends_after_twice_the_rounds_or_where_too_much_is_lost(path):
+    assert len(path(recalls(*[0.5] * 9), rounds=3)) == 6
+    spent = [*recalls(0.5, 0.4), {"recall": 0.3, "reasoning": 0.7}, *recalls(0.2)]
+    assert len(path(spent, rounds=4, seed=1)) == 3
+
+
+def test_a_given_strength_is_kept_for_all_rounds(path):
+    cuts = path(recalls(0.99, 0.98, 0.0, 0.0), strength=0.003)
+    assert [s for s, _ in cuts] == [0.003] * 4
+
+
+def test_a_round_hears_what_the_one_before_it_has_cost(path):
+    cuts = path([{"recall": 0.5, "perplexity": 12.5}, {"recall": 0.0}])
+    assert cuts[0][1] == {}
+    assert cuts[1][1] == pytest.approx({"reasoning": 0.0, "language": 0.2})

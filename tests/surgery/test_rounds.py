@@ -12,8 +12,9 @@ from curvature.forward import loss_gradient
 from curvature.populations import batches
 from curvature.targets import select_targets
 from surgery.operate import operate
+from surgery.predict import quadratic_cost
 from surgery.rankings import plan_surgery
-from surgery.rounds import halves, in_rounds, joined, memory_scales, relearned
+from surgery.rounds import emphasis, halves, in_rounds, joined, memory_scales, relearned
 
 
 def rows(tokenizer, population):
@@ -62,6 +63,43 @@ def test_a_memory_that_is_gone_pulls_no_more(tiny_llama, factors):
     assert steps[1].energy["memorized"] == 0
     for name, weight in weights(steps[1].model).items():
         torch.testing.assert_close(weight, dict(steps[0].model.named_parameters())[name])
+
+
+def test_what_has_lost_weighs_more_and_what_gained_no_less():
+    heavier = emphasis({"a": 0.0, "b": 0.1, "c": -0.3})
+    assert heavier["a"] == heavier["c"] == 1.0
+    assert heavier["b"] == pytest.approx(2.2255, rel=1e-4)
+    assert emphasis({}) == {}
+
+
+@pytest.mark.parametrize("hurt", ["reasoning", "reference"])
+def test_a_kept_text_that_has_lost_pays_less_for_the_next_cut(tiny_llama, factors, hurt):
+    swapped = {
+        n: replace(f, G=f.G.flip(0, 1), A=f.A.flip(0, 1)) for n, f in factors["reasoning"].items()
+    }
+    two = {"reference": swapped, **factors}
+
+    def cost(lost):
+        steps = in_rounds(
+            tiny_llama,
+            lambda m: two,
+            select_targets,
+            strength=0.05,
+            rounds=2,
+            first=two,
+            lost=lambda m: lost,
+        )
+        *_, last = steps
+        # of the second cut alone: the first one knows of no loss
+        deltas = {
+            n: last.plan.tensors[f"{n}.weight"] - first.model.get_parameter(f"{n}.weight").detach()
+            for n in factors["reasoning"]
+        }
+        return quadratic_cost(deltas, two[hurt])
+
+    first = next(in_rounds(tiny_llama, lambda m: two, select_targets, strength=0.05, rounds=1))
+    assert cost({hurt: 0.3}) < 0.8 * cost({})
+    assert cost({hurt: -0.3}) == pytest.approx(cost({}))
 
 
 def test_scales_put_every_memory_on_the_energy_of_the_kept_text(tiny_llama, factors):
