@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,12 +41,19 @@ RESPONSE = 8.0
 """How steeply a kept population weighs more once it loses: 1.5 times at 5 % lost, 2.2 at 10 %."""
 
 
-def emphasis(lost: Mapping[str, float]) -> dict[str, float]:
-    """What the curvature of each kept population is multiplied by in the next cut: exp(8 l) where l
-    is the share that it has lost so far of what is judged (0 where it gained). Not normalized: the
-    others are spared as much as before, and the whole cut is gentler.
+def emphasis(
+    names: Iterable[str], keep: Mapping[str, float] | None, lost: Mapping[str, float]
+) -> dict[str, float]:
+    """Weights of the kept populations `names` in the next cut: w exp(8 l), where w is the weight
+    that they began with (`keep`; 1 where None) and l the share that they have lost so far of what
+    is judged (0 where they gained). The mixture normalizes them, so what has lost nothing gives
+    way.
     """
-    return {name: math.exp(RESPONSE * max(0.0, share)) for name, share in lost.items()}
+    return {
+        name: (1.0 if keep is None else keep.get(name, 0.0))
+        * math.exp(RESPONSE * max(0.0, lost.get(name, 0.0)))
+        for name in names
+    }
 
 
 def memory_scales(
@@ -103,8 +110,11 @@ def next_round(
     population has lost so far, see `emphasis`. settings: as `contrast` has them.
     """
     names = [target.name for target in targets]
-    factor = {**scales, **emphasis(lost or {})}
-    pulled = {name: scaled(measured, factor.get(name, 1.0)) for name, measured in factors.items()}
+    pulled = {
+        name: scaled(measured, scales[name]) if is_memorized(name) else measured
+        for name, measured in factors.items()
+    }
+    weights = emphasis((n for n in factors if not is_memorized(n)), keep, lost or {})
     pull = {
         name: energy({n: measured[n] for n in names})
         for name, measured in pulled.items()
@@ -117,7 +127,7 @@ def next_round(
         strength=strength,
         seed=seed,
         targets=targets,
-        keep=keep,
+        keep=weights,
         balance=False,
         **settings,
     )

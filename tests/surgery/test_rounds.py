@@ -66,10 +66,12 @@ def test_a_memory_that_is_gone_pulls_no_more(tiny_llama, factors):
 
 
 def test_what_has_lost_weighs_more_and_what_gained_no_less():
-    heavier = emphasis({"a": 0.0, "b": 0.1, "c": -0.3})
+    heavier = emphasis("abc", None, {"a": 0.0, "b": 0.1, "c": -0.3})
     assert heavier["a"] == heavier["c"] == 1.0
     assert heavier["b"] == pytest.approx(2.2255, rel=1e-4)
-    assert emphasis({}) == {}
+    begun = {"a": 4.0, "b": 2.0}
+    assert emphasis("abc", begun, {}) == {"a": 4.0, "b": 2.0, "c": 0.0}
+    assert emphasis("ab", begun, {"b": 0.1})["b"] == pytest.approx(4.451, rel=1e-4)
 
 
 @pytest.mark.parametrize("hurt", ["reasoning", "reference"])
