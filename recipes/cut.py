@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -39,6 +40,8 @@ ROUND_STRENGTHS = (0.005, 0.015, 0.002)
 """Strengths of a round that the search begins with."""
 ROUND_SETTINGS = ("eps", "keep_weights", "width", "batch_size", "seed", "targets", "factor_tokens")
 """What a round depends on beside the cut before it."""
+SECOND_TRIES = 2
+"""How often on one path a round that cost too much is made again at half its strength."""
 COST_SCALES = (0.05, 0.1, 0.25, 0.5, 1.0)
 """Shares of the whole edit at which its predicted cost is compared with the measured one."""
 NOTHING_RECITED = "the model recites too little of the built-in passages: one cut, no search"
@@ -197,8 +200,8 @@ def tries(
     settings: dict[str, Any],
     layers: dict[str, str | None],
 ) -> list[Stage]:
-    """One candidate of the search: a single cut, or the path of cuts up to where it no longer keeps
-    what it must. Every cut is a stage."""
+    """One candidate of the search: a single cut, or the path of cuts up to where nothing is recited
+    or no gentler cut keeps what it must. Every cut is a stage."""
     r, model = run.recipe, run.patient.model
     if not r.in_rounds:
         return tries_once(run, factors, r.method, 0, [settings["strength"]])
@@ -206,12 +209,11 @@ def tries(
     kept_goals = dataclasses.replace(goals, forget=None)
     path: list[Stage] = []
     recalls, strength = [base["recall"]], settings["strength"]
+    tried: list[Stage] = []
+    ceiling, spared = math.inf, 0
     most = r.rounds if r.strength is not None else 2 * r.rounds if recited(run) else 1
-    for number in range(1, most + 1):
-        before = path[-1] if path else None
-        if before is not None and r.strength is None:
-            gentle = too_gentle(recalls[0], *recalls[-2:])
-            strength = before.value["strength"] * (2 if gentle else 1)
+    for attempt in range(1, most + 1):
+        before, number = path[-1] if path else None, len(path) + 1
         depends = {
             "before": before.fingerprint if before else run.stages.done["factors"].fingerprint,
             "settings": settings,
@@ -249,14 +251,24 @@ def tries(
                 run, start, measured, scales, targets, number, strength, lost, folder
             )
 
-        name = f"try-{r.method}-{where}-{settings['strength']:.3g}-{number}"
-        path.append(run.stages.run(name, depends, compute))
+        name = f"try-{r.method}-{where}-{settings['strength']:.3g}-{attempt}"
+        tried.append(run.stages.run(name, depends, compute))
+        if r.strength is not None:
+            path.append(tried[-1])
+            continue
+        if miss_of(kept_goals, tried[-1].value, base) > 0:
+            # made again from where it began, half as strong, and never as strong again
+            ceiling, strength, spared = strength, strength / 2, spared + 1
+            if spared > SECOND_TRIES:
+                break
+            continue
+        path.append(tried[-1])
         recalls.append(path[-1].value["recall"])
-        if r.strength is None and (
-            miss_of(kept_goals, path[-1].value, base) > 0 or forgotten(recalls[0], recalls[-1])
-        ):
+        if forgotten(recalls[0], recalls[-1]):
             break
-    return path
+        if too_gentle(recalls[0], *recalls[-2:]) and 2 * strength < ceiling:
+            strength *= 2
+    return tried
 
 
 def recited(run: Run) -> bool:

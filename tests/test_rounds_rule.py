@@ -81,7 +81,7 @@ def path(monkeypatch, tmp_path):
 
         def cut_once(run, start, measured, scales, targets, number, strength, lost, folder):
             cuts.append((strength, lost))
-            return BASE | figures[number - 1]
+            return BASE | figures[len(cuts) - 1]
 
         monkeypatch.setattr(cut, "cut_once", cut_once)
         for name in ("measure", "operate", "load_plan", "select_targets", "memory_scales"):
@@ -91,8 +91,8 @@ def path(monkeypatch, tmp_path):
         strength = settings.get("strength", 0.005)
         layers = {"all": None}
         found = tries(run, {}, goals_of(run.recipe), BASE, {"strength": strength}, layers)
-        assert [s.value["rounds"] for s in found] == list(range(1, len(cuts) + 1))
-        return cuts
+        assert len(found) == len(cuts)
+        return cuts, [s.value["rounds"] for s in found]
 
     return made
 
@@ -102,22 +102,36 @@ def recalls(*values):
 
 
 def test_a_path_doubles_its_strength_and_ends_where_nothing_is_recited(path):
-    cuts = path(recalls(0.98, 0.7, 0.6, 0.09, 0.08, 0.01))
+    cuts, rounds = path(recalls(0.98, 0.7, 0.6, 0.09, 0.08, 0.01))
     assert [s for s, _ in cuts] == [0.005, 0.01, 0.01, 0.02, 0.02, 0.02]
+    assert rounds == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_path_ends_after_twice_the_rounds_or_where_too_much_is_lost(path):
-    assert len(path(recalls(*[0.5] * 9), rounds=3)) == 6
-    spent = [*recalls(0.5, 0.4), {"recall": 0.3, "reasoning": 0.7}, *recalls(0.2)]
-    assert len(path(spent, rounds=4, seed=1)) == 3
+def test_a_path_ends_after_twice_the_rounds(path):
+    assert len(path(recalls(*[0.5] * 9), rounds=3)[0]) == 6
+
+
+def test_a_round_that_costs_too_much_is_made_again_half_as_strong(path):
+    spent = {"recall": 0.3, "reasoning": 0.7}
+    cuts, rounds = path([*recalls(0.5), spent, *recalls(0.45, 0.3, 0.0)])
+    # .45 is a gentle round, but twice as strong would be what has cost too much
+    assert [s for s, _ in cuts] == [0.005, 0.005, 0.0025, 0.0025, 0.0025]
+    assert rounds == [1, 2, 2, 3, 4]
+
+
+def test_a_path_ends_where_no_gentler_round_helps(path):
+    spent = {"recall": 0.3, "reasoning": 0.7}
+    cuts, rounds = path([*recalls(0.5), spent, spent, spent, *recalls(0.0)])
+    assert [s for s, _ in cuts] == [0.005, 0.005, 0.0025, 0.00125]
+    assert rounds == [1, 2, 2, 2]
 
 
 def test_a_given_strength_is_kept_for_all_rounds(path):
-    cuts = path(recalls(0.99, 0.98, 0.0, 0.0), strength=0.003)
+    cuts, _ = path(recalls(0.99, 0.98, 0.0, 0.0), strength=0.003)
     assert [s for s, _ in cuts] == [0.003] * 4
 
 
 def test_a_round_hears_what_the_one_before_it_has_cost(path):
-    cuts = path([{"recall": 0.5, "perplexity": 12.5}, {"recall": 0.0}])
+    cuts, _ = path([{"recall": 0.5, "perplexity": 12.5}, {"recall": 0.0}])
     assert cuts[0][1] == {}
     assert cuts[1][1] == pytest.approx({"reasoning": 0.0, "language": 0.2})
