@@ -49,11 +49,8 @@ def emphasis(
     is judged (0 where they gained). The mixture normalizes them, so what has lost nothing gives
     way.
     """
-    return {
-        name: (1.0 if keep is None else keep.get(name, 0.0))
-        * math.exp(RESPONSE * max(0.0, lost.get(name, 0.0)))
-        for name in names
-    }
+    begun = dict.fromkeys(names, 1.0 if keep is None else 0.0) | dict(keep or {})
+    return {n: w * math.exp(RESPONSE * max(0.0, lost.get(n, 0.0))) for n, w in begun.items()}
 
 
 def memory_scales(

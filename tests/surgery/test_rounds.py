@@ -145,6 +145,22 @@ def test_no_round_is_refused(tiny_llama, factors):
         next(in_rounds(tiny_llama, lambda m: factors, select_targets, strength=0.1, rounds=0))
 
 
+def test_a_weight_for_a_text_that_is_not_kept_is_refused(tiny_llama, factors):
+    weights = {"reasoning": 1.0, "reasonin": 2.0}
+    with pytest.raises(ValueError, match="reasonin"):
+        next(
+            in_rounds(
+                tiny_llama,
+                lambda m: factors,
+                select_targets,
+                strength=0.1,
+                rounds=1,
+                keep=weights,
+                first=None,
+            )
+        )
+
+
 def test_halves_share_no_document(memories):
     first, second = halves([memories])
     assert {d.text for d in first[0].documents} | {d.text for d in second[0].documents} == {
