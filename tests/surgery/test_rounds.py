@@ -14,7 +14,7 @@ from curvature.targets import select_targets
 from surgery.operate import operate
 from surgery.predict import quadratic_cost
 from surgery.rankings import plan_surgery
-from surgery.rounds import emphasis, halves, in_rounds, joined, memory_scales, relearned
+from surgery.rounds import emphasis, halves, in_rounds, joined, memory_scales, next_round, relearned
 
 
 def rows(tokenizer, population):
@@ -145,20 +145,10 @@ def test_no_round_is_refused(tiny_llama, factors):
         next(in_rounds(tiny_llama, lambda m: factors, select_targets, strength=0.1, rounds=0))
 
 
-def test_a_weight_for_a_text_that_is_not_kept_is_refused(tiny_llama, factors):
-    weights = {"reasoning": 1.0, "reasonin": 2.0}
-    with pytest.raises(ValueError, match="reasonin"):
-        next(
-            in_rounds(
-                tiny_llama,
-                lambda m: factors,
-                select_targets,
-                strength=0.1,
-                rounds=1,
-                keep=weights,
-                first=None,
-            )
-        )
+def test_a_weight_for_a_text_that_is_not_kept_is_refused(tiny_llama, factors, targets):
+    settings = {"scales": {"memorized": 1.0}, "number": 1, "strength": 0.1, "targets": targets}
+    with pytest.raises(ValueError, match="keep weights name reasonin:"):
+        next_round(tiny_llama, factors, keep={"reasoning": 1.0, "reasonin": 2.0}, **settings)
 
 
 def test_halves_share_no_document(memories):
