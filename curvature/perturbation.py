@@ -229,7 +229,7 @@ def check_perturbations(
     settings = {"tokens": tokens, "width": width, "batch_size": batch_size, "seed": seed}
     for population in populations:
         found = {}
-        for labels in ("gold", "sampled"):
+        for labels in ("gold", "propagated"):
             shifts = _Shifts(perturbations)
             run_pass(
                 model,
@@ -269,8 +269,8 @@ def check_perturbations(
                         mean,
                         error,
                         float(found["gold"].first[k]) / n,
-                        0.5 * float(found["sampled"].rows_squared[k]) / n,
-                        0.5 * float(found["sampled"].tokens_squared[k]) / n,
+                        0.5 * float(found["propagated"].rows_squared[k]) / n,
+                        0.5 * float(found["propagated"].tokens_squared[k]) / n,
                         int(n),
                     )
                 )

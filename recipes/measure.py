@@ -74,8 +74,8 @@ def spectrum_stage(run: Run) -> None:
 def factors_stage(
     run: Run, name: str, model: PreTrainedModel, *, memorized: bool = True
 ) -> dict[str, dict[str, Factors]]:
-    """Kronecker factors of every target: sampled labels on what is kept, logit margins on what is
-    memorized."""
+    """Kronecker factors of every target: the Fisher of what is kept, by `propagated` labels, whose
+    noise is smaller where the model is sure, and logit margins on what is memorized."""
     r = run.recipe
     settings = {
         k: getattr(r, k)
@@ -142,7 +142,7 @@ def measure(
     memorized: bool = True,
     seed: int | None = None,
 ) -> dict[str, dict[str, Factors]]:
-    """Factors by population: sampled labels on what is kept, margins of what is recited (of all
+    """Factors by population: the Fisher of what is kept, margins of what is recited (of all
     tokens where the patient recites nothing). share: of the tokens of each population that are
     within the budget. seed: which share; the recipe's by default."""
     return measure_all(run, model, targets, populations_of(run, memorized), title, share, seed)
@@ -162,7 +162,7 @@ def measure_all(
     r, found = run.recipe, {}
     labels = run.stages.done["factors"].value["labels"] if "factors" in run.stages.done else {}
     for key, population in populations.items():
-        likely: Labels = "recited" if population.role == "memorized" else "sampled"
+        likely: Labels = "recited" if population.role == "memorized" else "propagated"
         tokens = r.factor_tokens
         if share < 1:
             whole = count_scored(population, run.patient.tokenizer, r.width, tokens)

@@ -3,9 +3,10 @@
 For a weight change D of every target, s_t = sum over targets g_t^T D a_t is the first-order shift
 at position t. Predicted change of the loss:
 
-    E[s] with gold labels + 1/2 E[s^2] with labels sampled from the model, nats per scored token.
+    E[s] with gold labels + 1/2 E[s^2] with the Fisher's noise, nats per scored token.
 
-The second term is the Fisher (Gauss-Newton) quadratic form. With labels drawn independently at
+The second term is the Fisher (Gauss-Newton) quadratic form; its noise is `propagated` (see
+`curvature.forward.loss_gradient`), which varies less than drawn labels. With draws independent at
 every position, the squared sum over a row is its unbiased estimate; squaring position by position
 (`grouping="position"`, the form of the follow-up to arXiv 2510.24256) leaves out what positions
 share through attention and has less variance. Valid for small cuts of flat parts; too low for cuts
@@ -191,7 +192,7 @@ def predict_cost(
     draws: int = 1,
 ) -> Cost:
     """Predicted change of the loss of `population` under `deltas`, in two kinds of pass: gold
-    labels, then `draws` passes with sampled ones. Raises ValueError where a delta belongs to no
+    labels, then `draws` passes with the Fisher's noise. Raises ValueError where a delta belongs to no
     target or the population has nothing to score.
     """
     if not deltas:
@@ -207,7 +208,7 @@ def predict_cost(
     second = 0.0
     for draw in range(draws):
         square = (lambda s: s.sum(1) ** 2) if grouping == "row" else (lambda s: s**2)
-        total, _ = _shifts(model, targets, deltas, lambda: rows, "sampled", seed + draw, square)
+        total, _ = _shifts(model, targets, deltas, lambda: rows, "propagated", seed + draw, square)
         second += 0.5 * total / counted / draws
     return Cost(first / counted, second, counted)
 

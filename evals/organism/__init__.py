@@ -130,7 +130,7 @@ def material(
     size: float = 1.0,
     families: Sequence[str] = ("passage", "fact"),
     problems: int = 200,
-    keep_problems: int = 200,
+    keep_problems: int = 400,
     heal_documents: int = 12000,
 ) -> Material:
     """The organism's populations and held-out items.

@@ -8,7 +8,7 @@ In these bases both quadratic forms are diagonal: an update D of W, with E = V_G
 sum E_ij^2 on the kept text and leaves sum alpha_i gamma_j (C + E)_ij^2 of the memory, where C =
 V_G^-1 W V_A^-T. The minimum of keep-cost + t * memory is closed: C_ij <- C_ij / (1 + t gamma_i
 alpha_j). Memory factors come from logit margins (recited tokens have almost no loss gradient), keep
-factors from sampled labels.
+factors from the Fisher.
 
 Several populations: `mixture` joint mixes their factors first (one Kronecker product for all, which
 takes the populations for one text); `mixture` separate keeps a Kronecker product for each and

@@ -59,7 +59,7 @@ def diagonals_on(
             tokenizer,
             population,
             targets,
-            labels="margin" if population.role == "memorized" else "sampled",
+            labels="margin" if population.role == "memorized" else "propagated",
             seed=operation.seed,
             **shared,
         )
