@@ -250,13 +250,19 @@ def trade_off(
     goal: float | None = None,
 ) -> Figure:
     """Forgetting against reasoning, as shares of the base. candidates: strengths tried on the tune
-    split, joined per method; points: other arms (this run's result, its controls) as {name,
-    recall_share, reasoning_share}. Upper right is best."""
+    split, joined per method and damping; points: other arms (this run's result, its controls) as
+    {name, recall_share, reasoning_share}. Upper right is best."""
     figure = Figure(figsize=(5.6, 3.6), layout="constrained")
     axes = figure.subplots()
-    methods = list(dict.fromkeys(c["method"] for c in candidates))
+    dampings = {c.get("eps") for c in candidates if c["method"] == "contrast"}
+
+    def name_of(candidate: Mapping[str, Any]) -> str:
+        eps = candidate.get("eps") if len(dampings) > 1 else None
+        return candidate["method"] + ("" if eps is None else f" eps {eps:g}")
+
+    methods = list(dict.fromkeys(map(name_of, candidates)))
     for k, method in enumerate(methods):
-        rows = [c for c in candidates if c["method"] == method and c["reasoning"] is not None]
+        rows = [c for c in candidates if name_of(c) == method and c["reasoning"] is not None]
         rows.sort(key=lambda c: c["strength"])
         x = [1 - _over(c["recall"], base["recall"]) for c in rows]
         y = [_over(c["reasoning"], base["reasoning"]) for c in rows]

@@ -20,7 +20,7 @@ from curvature.targets import Target, select_targets
 from evals.judge import judge
 from recipes.measure import ROUND_SHARE, kept_factors, measure, measure_all, plan_dense, strengths
 from recipes.patient import ATTACK_TOKENS, Run
-from recipes.recipe import goals_of
+from recipes.recipe import DAMPINGS, goals_of
 from surgery.operate import operate
 from surgery.plan import load_plan, save_plan
 from surgery.predict import (
@@ -38,7 +38,7 @@ from surgery.search import Axis, Goals, Outcome, best_layers, miss, objective, s
 
 ROUND_STRENGTHS = (0.005, 0.015, 0.002)
 """Strengths of a round that the search begins with."""
-ROUND_SETTINGS = ("eps", "keep_weights", "width", "batch_size", "seed", "targets", "factor_tokens")
+ROUND_SETTINGS = ("keep_weights", "width", "batch_size", "seed", "targets", "factor_tokens")
 """What a round depends on beside the cut before it."""
 SECOND_TRIES = 2
 """How often on one path a round that cost too much is made again at half its strength."""
@@ -108,6 +108,11 @@ def strength_stage(run: Run, factors: dict[str, dict[str, Factors]]) -> None:
             start = [{**s, "layers": next(iter(layers))} for s in start]
         if r.strength is not None:
             start = [{**start[0], "strength": r.strength}]
+        evaluations = 1 if single else r.candidates
+        if r.method == "contrast" and r.eps is None and evaluations > 1:
+            space["eps"] = Axis(choices=DAMPINGS)
+            first, *others = [{**s, "eps": DAMPINGS[0]} for s in start]
+            start = [first, {**first, "eps": DAMPINGS[1]}, *others]
 
         def points_of(settings: dict[str, Any]) -> list[dict[str, Any]]:
             return [s.value for s in tries(run, factors, goals, base, settings, layers)]
@@ -116,7 +121,6 @@ def strength_stage(run: Run, factors: dict[str, dict[str, Factors]]) -> None:
             outcomes = [outcome_of(p, base) for p in points_of(settings)]
             return min(outcomes, key=lambda o: objective(goals, o))
 
-        evaluations = 1 if single else r.candidates
         result = search(
             dataclasses.replace(goals, shrink=None),
             space,
@@ -185,7 +189,7 @@ def predicted_cost(
     first cut, times the square of the number of rounds that it may make."""
     r = run.recipe
     where = layers[settings.get("layers", "all")]
-    plan = plan_dense(run, factors, r.method, settings["strength"], where)
+    plan = plan_dense(run, factors, r.method, settings["strength"], where, settings.get("eps"))
     cost = quadratic_cost(
         plan_deltas(run.patient.model, plan), kept_factors(factors, r.keep_weights)
     )
@@ -204,8 +208,10 @@ def tries(
     or no gentler cut keeps what it must. Every cut is a stage."""
     r, model = run.recipe, run.patient.model
     if not r.in_rounds:
-        return tries_once(run, factors, r.method, 0, [settings["strength"]])
-    where = settings.get("layers", "all")
+        return tries_once(
+            run, factors, r.method, 0, [settings["strength"]], eps=settings.get("eps")
+        )
+    where, eps = settings.get("layers", "all"), settings.get("eps", r.damping)
     kept_goals = dataclasses.replace(goals, forget=None)
     path: list[Stage] = []
     recalls, strength = [base["recall"]], settings["strength"]
@@ -218,6 +224,7 @@ def tries(
             "before": before.fingerprint if before else run.stages.done["factors"].fingerprint,
             "settings": settings,
             "strength": strength,
+            "eps": eps,
             "layers": layers[where],
             "tune": run.patient.material.tune.sha256,
             **{k: getattr(r, k) for k in ROUND_SETTINGS},
@@ -245,13 +252,14 @@ def tries(
                     run, start, targets, f"round {number}", ROUND_SHARE, seed=r.seed + number
                 )
                 scales = before.value["scales"]
-            about = {"method": r.method, **settings, "rounds": number, "scales": scales}
-            about["strength"] = strength
+            about = {"method": r.method, **settings, "strength": strength, "eps": eps}
+            about |= {"rounds": number, "scales": scales}
             return about | cut_once(
-                run, start, measured, scales, targets, number, strength, lost, folder
+                run, start, measured, scales, targets, number, strength, eps, lost, folder
             )
 
-        name = f"try-{r.method}-{where}-{settings['strength']:.3g}-{attempt}"
+        damping = f"-eps{eps:g}" if "eps" in settings else ""
+        name = f"try-{r.method}-{where}-{settings['strength']:.3g}{damping}-{attempt}"
         tried.append(run.stages.run(name, depends, compute))
         if r.strength is not None:
             path.append(tried[-1])
@@ -296,6 +304,7 @@ def cut_once(
     targets: list[Target],
     number: int,
     strength: float,
+    eps: float,
     lost: dict[str, float],
     folder: Path,
 ) -> dict[str, Any]:
@@ -312,7 +321,7 @@ def cut_once(
         keep=r.keep_weights,
         lost=lost,
         seed=r.seed,
-        eps=r.eps,
+        eps=eps,
     )
     save_plan(joined(run.patient.model, cut.model, cut.plan, number), folder)
     figures = tune_figures(run, cast("PreTrainedModel", cut.model))
@@ -369,14 +378,16 @@ def harden_stage(run: Run) -> None:
             )
             returned = select_targets(attacked, r.targets, layers)
             title = f"harden {number}"
-            rounds, strength = chosen["rounds"] + number, chosen["strength"]
+            rounds, strength, eps = chosen["rounds"] + number, chosen["strength"], chosen["eps"]
             seed = r.seed + rounds
             kept = measure(run, start, targets, title, ROUND_SHARE, memorized=False, seed=seed)
             gone = {f"memorized/{p.name}": p for p in parts[1 - number % 2]}
             back = measure_all(run, attacked, returned, gone, title, ROUND_SHARE, seed)
             measured, scales = {**kept, **back}, chosen["scales"]
             lost = lost_so_far(run, before.value, base)
-            done = cut_once(run, start, measured, scales, targets, rounds, strength, lost, folder)
+            done = cut_once(
+                run, start, measured, scales, targets, rounds, strength, eps, lost, folder
+            )
             return {**chosen, "hardened": number, **done}
 
         before = run.stages.run(f"harden-{number}", depends, compute)
@@ -404,25 +415,31 @@ def tries_once(
     method: str,
     n: int,
     values: Sequence[float] | None = None,
+    eps: float | None = None,
 ) -> list[Stage]:
-    """Single cuts by `method`, at `n` strengths over its span or at the given ones."""
+    """Single cuts by `method`, at `n` strengths over its span or at the given ones. eps: damping of
+    `contrast`, the recipe's where None."""
     r, done = run.recipe, []
+    damping = r.damping if eps is None else eps
     for value in strengths(RANKINGS[method], n) if values is None else values:
         depends = {
             "factors": run.stages.done["factors"].fingerprint,
             "tune": run.patient.material.tune.sha256,
             "method": method,
             "strength": value,
-            **{k: getattr(r, k) for k in ("eps", "keep_weights", "seed", "targets", "layers")},
+            "eps": damping,
+            **{k: getattr(r, k) for k in ("keep_weights", "seed", "targets", "layers")},
         }
 
         def compute(_: Path, value: float = value) -> Any:
-            plan = plan_dense(run, factors, method, value, r.layers)
+            plan = plan_dense(run, factors, method, value, r.layers, damping)
             edited = operate(run.patient.model, plan, copy_model=True, check=False)
             figures = tune_figures(run, cast("PreTrainedModel", edited))
-            return {"method": method, "strength": value, "rounds": 1, **figures}
+            settings = {"method": method, "strength": value, "rounds": 1}
+            return settings | ({"eps": damping} if method == "contrast" else {}) | figures
 
-        done.append(run.stages.run(f"try-{method}-{value:.4g}", depends, compute))
+        name = f"try-{method}-{value:.4g}" + ("" if eps is None else f"-eps{eps:g}")
+        done.append(run.stages.run(name, depends, compute))
     return done
 
 
@@ -433,19 +450,19 @@ def cut_stage(run: Run, factors: dict[str, dict[str, Factors]]) -> PreTrainedMod
         return run.patient.model
     chosen = run.stages.done["strength"].value["chosen"]
     tried = [s for s in (tried_stage(run), *hardened(run)) if (s.folder / "plan.json").exists()]
-    settings = {k: chosen.get(k) for k in ("method", "strength", "rounds", "layers")}
+    settings = {k: chosen.get(k) for k in ("method", "strength", "eps", "rounds", "layers")}
     depends = {
         "factors": run.stages.done["factors"].fingerprint,
         "tried": tried[-1].fingerprint if tried else None,
         **settings,
-        **{k: getattr(r, k) for k in ("eps", "keep_weights", "seed", "targets")},
+        **{k: getattr(r, k) for k in ("keep_weights", "seed", "targets")},
     }
 
     def compute(folder: Path) -> Any:
         plan = (
             load_plan(tried[-1].folder)
             if tried
-            else plan_dense(run, factors, r.method, chosen["strength"], r.layers)
+            else plan_dense(run, factors, r.method, chosen["strength"], r.layers, chosen.get("eps"))
         )
         save_plan(plan, folder)
         return {**settings, "removed": plan.removed, "total": plan.total}

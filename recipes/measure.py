@@ -275,10 +275,13 @@ def plan_dense(
     method: str,
     strength: float,
     layers: str | None,
+    eps: float | None = None,
 ) -> Plan:
-    """The plan of a dense edit of the patient."""
+    """The plan of a dense edit of the patient. eps: damping of `contrast`, the recipe's where
+    None."""
     r, model = run.recipe, run.patient.model
-    settings: dict[str, Any] = {"eps": r.eps} if method == "contrast" else {}
+    damping = r.damping if eps is None else eps
+    settings: dict[str, Any] = {"eps": damping} if method == "contrast" else {}
     return plan_surgery(
         model,
         method,

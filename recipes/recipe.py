@@ -21,6 +21,9 @@ NOT_SAVED = tuple(
     "compare".split()
 )
 """Settings that say what to do with a recipe: no part of it, and no reason to run a stage again."""
+DAMPINGS = (0.03, 0.1)
+"""Dampings of `contrast` that a search chooses between: which one suits differs from model to
+model. The first one is taken where nothing is searched."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,8 @@ class Recipe:
             single cut.
         harden: Further rounds of `contrast` at most, against what a short relearning of half of the
             edit split's memories brings back of the other half.
-        eps: Damping of `contrast`.
+        eps: Damping of `contrast`. By default .03, or .1 where the search tries several candidates
+            and the tune split prefers it.
         keep_weights: Weights of the kept populations by name (reasoning, reference; on the organism
             reasoning, language, listed knowledge); equal by default. In rounds these are the
             weights to begin with: what loses weighs more in the next one.
@@ -145,7 +149,7 @@ class Recipe:
     strength: float | None = None
     rounds: int = 4
     harden: int = 3
-    eps: float = 0.03
+    eps: float | None = None
     keep_weights: dict[str, float] | None = None
     keep_reasoning: float = 0.97
     keep_perplexity: float | None = None
@@ -207,6 +211,11 @@ class Recipe:
         return self.method == "contrast" and self.rounds > 1
 
     @property
+    def damping(self) -> float:
+        """The damping of `contrast` where no search has chosen another one."""
+        return DAMPINGS[0] if self.eps is None else self.eps
+
+    @property
     def middle_lr(self) -> float:
         """The learning rate of the relearning attack that every arm is given."""
         return sorted(self.attack_lrs)[len(self.attack_lrs) // 2]
@@ -265,7 +274,11 @@ def check(recipe: Recipe) -> None:
     for setting, least in AT_LEAST.items():
         if getattr(recipe, setting) < least:
             raise ValueError(f"{setting} is {getattr(recipe, setting)}: expected at least {least}")
-    positive = {"eps": (recipe.eps,), "heal_lr": (recipe.heal_lr,), "attack_lrs": recipe.attack_lrs}
+    positive = {
+        "eps": (recipe.damping,),
+        "heal_lr": (recipe.heal_lr,),
+        "attack_lrs": recipe.attack_lrs,
+    }
     for setting, values in positive.items():
         for value in values:
             if not 0 < value < math.inf:

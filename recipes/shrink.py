@@ -166,7 +166,7 @@ def heal_stage(run: Run, name: str, model: PreTrainedModel) -> PreTrainedModel:
             targets = select_targets(model, r.targets, r.layers)
             factors = measure(run, model, targets, f"{name}: gate", ROUND_SHARE)
             kept, gone = kept_factors(factors, r.keep_weights), memorized_factors(factors)
-            gate = Gate(targets, kept, gone, t=r.gate, eps=r.eps)
+            gate = Gate(targets, kept, gone, t=r.gate, eps=r.damping)
         healing = heal(
             model,
             run.patient.tokenizer,

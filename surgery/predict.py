@@ -192,8 +192,8 @@ def predict_cost(
     draws: int = 1,
 ) -> Cost:
     """Predicted change of the loss of `population` under `deltas`, in two kinds of pass: gold
-    labels, then `draws` passes with the Fisher's noise. Raises ValueError where a delta belongs to no
-    target or the population has nothing to score.
+    labels, then `draws` passes with the Fisher's noise. Raises ValueError where a delta belongs to
+    no target or the population has nothing to score.
     """
     if not deltas:
         return Cost(0.0, 0.0, 0)

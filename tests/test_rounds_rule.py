@@ -7,8 +7,8 @@ import pytest
 from curvature.populations import Document, Population
 from curvature.stages import Stages
 from recipes import cut
-from recipes.cut import forgotten, lost_so_far, too_gentle, tries
-from recipes.recipe import Recipe, goals_of
+from recipes.cut import forgotten, lost_so_far, strength_stage, too_gentle, tries
+from recipes.recipe import DAMPINGS, Recipe, goals_of
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def path(monkeypatch, tmp_path):
     def made(figures, **settings):
         cuts = []
 
-        def cut_once(run, start, measured, scales, targets, number, strength, lost, folder):
+        def cut_once(run, start, measured, scales, targets, number, strength, eps, lost, folder):
             cuts.append((strength, lost))
             return BASE | figures[len(cuts) - 1]
 
@@ -135,3 +135,61 @@ def test_a_round_hears_what_the_one_before_it_has_cost(path):
     cuts, _ = path([{"recall": 0.5, "perplexity": 12.5}, {"recall": 0.0}])
     assert cuts[0][1] == {}
     assert cuts[1][1] == pytest.approx({"reasoning": 0.0, "language": 0.2})
+
+
+def test_a_path_cuts_with_the_damping_of_its_candidate(path, monkeypatch, tmp_path):
+    used = []
+
+    def cut_once(run, start, measured, scales, targets, number, strength, eps, lost, folder):
+        used.append(eps)
+        return BASE | {"recall": 0.0}
+
+    path(recalls(0.0))  # nothing is measured or cut
+    monkeypatch.setattr(cut, "cut_once", cut_once)
+    run = run_on(kept("reasoning"), tmp_path / "run")
+    run.stages.done["factors"] = SimpleNamespace(fingerprint="factors")
+    goals = goals_of(run.recipe)
+    stages = []
+    for settings in ({}, {"eps": 0.03}, {"eps": 0.1}):
+        stages += tries(run, {}, goals, BASE, {"strength": 0.005, **settings}, {"all": None})
+    assert used == [0.03, 0.03, 0.1]
+    assert [s.value["eps"] for s in stages] == used
+    # each candidate keeps a folder of its own
+    assert len({s.folder for s in stages}) == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, set(DAMPINGS)),
+        ({"eps": 0.3}, {None}),
+        ({"candidates": 1}, {None}),
+        ({"strength": 0.004}, {None}),
+    ],
+)
+@pytest.mark.parametrize("better", DAMPINGS)
+def test_a_search_chooses_the_damping_that_the_tune_split_prefers(
+    monkeypatch, tmp_path, settings, expected, better
+):
+    seen = []
+
+    def tries(run, factors, goals, base, settings, layers):
+        seen.append(settings.get("eps"))
+        cost = 1.0 if settings.get("eps") == better else 1.2
+        point = BASE | {"recall": 0.0, "perplexity": 10 * cost, **settings}
+        return [run.stages.run(f"try-{len(seen)}", settings, lambda _: point)]
+
+    monkeypatch.setattr(cut, "tries", tries)
+    monkeypatch.setattr(cut, "tries_once", lambda *_: [])
+    monkeypatch.setattr(cut, "predicted_cost", lambda *_: 0.0)
+    monkeypatch.setattr(cut, "tune_figures", lambda *_: BASE)
+    run = run_on(kept("reasoning"), tmp_path / "run", keep_perplexity=1.05, **settings)
+    run.folder = tmp_path
+    measured = {"name": "factors", "fingerprint": "factors", "value": {"layers": {}}}
+    run.stages.done["factors"] = SimpleNamespace(**measured)
+    strength_stage(run, {})
+    assert set(seen) == expected
+    if expected == set(DAMPINGS):
+        assert run.stages.done["strength"].value["chosen"]["eps"] == better
+        # both are tried before the search looks for more
+        assert seen[:2] == list(DAMPINGS)
