@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 import pytest
 
 from evals.attacks import Curve
-from evals.figures import draw_all
+from evals.figures import draw_all, trade_off
 from evals.report import markdown, runs_table, tables, write_report
 from evals.verdict import Control, judgement_section, reach_verdict, write_results
 
@@ -283,3 +283,18 @@ def test_every_figure_leaves_ink_on_a_screenshot(run):
         drawn = pixels[500 * k + 30 : 500 * k + 330].reshape(-1, 3)
         ink = (abs(drawn - pixels[-1, -1]).max(1) > 0.2).mean()
         assert 0.003 < ink < 0.6, (figures[k][:40], ink)
+
+
+def test_candidates_of_two_dampings_are_two_lines():
+    def labels(*dampings):
+        points = [
+            {"method": "contrast", "eps": eps, "strength": 0.01, "recall": 0.5, "reasoning": 0.9}
+            for eps in dampings
+        ]
+        points.append({"method": "kfac", "strength": 0.9, "recall": 0.5, "reasoning": 0.9})
+        axes = trade_off(points, {"recall": 1.0, "reasoning": 1.0}).axes[0]
+        return [line.get_label() for line in axes.lines if "tune" in str(line.get_label())]
+
+    assert [name.partition(",")[0] for name in labels(0.03, 0.03)] == ["contrast", "kfac"]
+    two = [name.partition(",")[0] for name in labels(0.03, 0.1)]
+    assert two == ["contrast eps 0.03", "contrast eps 0.1", "kfac"]
