@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal, cast
 
@@ -14,7 +16,13 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from curvature.capture import pieces
-from curvature.forward import CausalForward, device_of, logits_in_chunks
+from curvature.forward import (
+    CausalForward,
+    Places,
+    device_of,
+    evaluation_mode,
+    logits_in_chunks,
+)
 from curvature.memory import RowsAtOnce
 from curvature.populations import Batch, Population, endless_batches
 from curvature.progress import bar
@@ -35,12 +43,53 @@ def population_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
     return F.cross_entropy(logits[rows, positions].float(), targets)
 
 
+@dataclass(frozen=True)
+class Teacher:
+    """What a model is trained to say beside the text itself (Hinton et al. 2015): the loss is the
+    cross-entropy against (1 - share) onehot(y) + share softmax(the teacher's logits), which has the
+    gradient of (1 - share) CE + share KL(teacher, student). share in [0, 1].
+    """
+
+    forward: CausalForward
+    share: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share <= 1:
+            raise ValueError(f"the teacher's share is {self.share:g}: expected 0 to 1")
+
+    @torch.no_grad()
+    def hidden(self, ids: torch.Tensor) -> torch.Tensor:
+        """Hidden states [rows, width, d] of a batch."""
+        return self.forward.hidden(ids.to(device_of(self.forward.model)))
+
+    @torch.no_grad()
+    def wanted(
+        self, hidden: torch.Tensor, places: Places, targets: torch.Tensor, like: torch.Tensor
+    ) -> torch.Tensor:
+        """Distributions [n, vocabulary] to be learned at `places`, on the device of `like`."""
+        rows, positions = (index.to(hidden.device) for index in places)
+        said = self.forward.logits(hidden[rows, positions]).to(like.device).float()
+        if said.shape != like.shape:
+            raise ValueError(
+                f"the teacher's vocabulary has {said.shape[1]} tokens, the student's "
+                f"{like.shape[1]}: they must be the same"
+            )
+        wanted = self.share * said.softmax(-1)
+        labels = torch.full_like(targets[:, None], 1 - self.share, dtype=wanted.dtype)
+        return wanted.scatter_add_(1, targets[:, None], labels)
+
+
 def add_gradients(
-    forward: CausalForward, batch: Batch, trained: list[nn.Parameter], rows: int
+    forward: CausalForward,
+    batch: Batch,
+    trained: list[nn.Parameter],
+    rows: int,
+    teacher: Teacher | None = None,
 ) -> float:
-    """Backward pass of `population_loss` in pieces of `rows` rows, and of the head in chunks of
-    positions: no more logits stand in memory at a time than in a factor pass, and none are made
-    where nothing is scored. Returns the loss. What was in `.grad` before is cleared."""
+    """Backward pass of `population_loss` (or of the loss towards the `teacher`) in pieces of `rows`
+    rows, and of the head in chunks of positions: no more logits stand in memory at a time than in a
+    factor pass, and none are made where nothing is scored. Returns the loss. What was in `.grad`
+    before is cleared."""
     for parameter in trained:
         parameter.grad = None
     scored = int(batch.predicting.sum())
@@ -50,8 +99,12 @@ def add_gradients(
     for _, part in pieces(batch, rows):
         hidden = forward.hidden(part.ids.to(device_of(forward.model)))
         gradient = torch.zeros_like(hidden, requires_grad=False)
+        taught = None if teacher is None else teacher.hidden(part.ids)
         for places, targets, leaf, logits in logits_in_chunks(forward, part, hidden):
-            loss = F.cross_entropy(logits.float(), targets, reduction="sum") / scored
+            wanted = targets
+            if teacher is not None and taught is not None:
+                wanted = teacher.wanted(taught, places, targets, logits)
+            loss = F.cross_entropy(logits.float(), wanted, reduction="sum") / scored
             total += loss.item()
             if not math.isfinite(total):
                 return total
@@ -89,18 +142,22 @@ def fine_tune(
     score_end: bool = False,
     parameters: Iterable[nn.Parameter] | None = None,
     project: Callable[[], None] | None = None,
+    teacher: nn.Module | None = None,
+    teacher_share: float = 0.5,
     progress: str | None = None,
 ) -> list[float]:
     """Train the model in place with AdamW for a fixed number of steps and return each step's loss
     (nats per scored token).
 
     parameters: what is trained (default: all that require a gradient). project: called after each
-    backward pass and clipping (norm 1) and before the step; it may change every `.grad`.
+    backward pass and clipping (norm 1) and before the step; it may change every `.grad`. teacher: a
+    model of the same vocabulary whose distributions make up `teacher_share` of what is learned, see
+    `Teacher`; it is not changed.
     `score_end` also trains the end of documents. Training mode is on inside, and the model's mode
     and missing gradients are restored; the same seed gives the same weights on the same machine.
 
-    Raises ValueError on a loss that is not finite, naming the step, and where there is nothing to
-    train.
+    Raises ValueError on a loss that is not finite, naming the step, where there is nothing to
+    train, and for a teacher of another vocabulary.
     """
     if schedule not in ("cosine", "constant"):
         raise ValueError(f"unknown schedule {schedule!r}: expected cosine or constant")
@@ -117,20 +174,27 @@ def fine_tune(
         trained, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.98), fused=fused
     )
     modes = [(module, module.training) for module in model.modules()]
+    if teacher is model:
+        raise ValueError("the teacher is the model that is trained: give a copy from before")
     stream = endless_batches(
         population, tokenizer, width=width, batch_size=batch_size, seed=seed, score_end=score_end
     )
     losses: list[float] = []
     forward = CausalForward(model)
+    guide = None if teacher is None else Teacher(CausalForward(teacher), teacher_share)
     at_once = RowsAtOnce(progress or "training", "batch_size", batch_size)
+    silent = ExitStack()
     state = torch.random.get_rng_state()
     torch.manual_seed(seed)
     try:
         model.train()
+        if teacher is not None:
+            silent.enter_context(evaluation_mode(teacher))
         shown = bar(progress, total=steps * batch_size * width, unit="tokens")
         for step in range(steps):
             batch = next(stream)
-            losses.append(at_once.run(partial(add_gradients, forward, batch, trained)))
+            add = partial(add_gradients, forward, batch, trained, teacher=guide)
+            losses.append(at_once.run(add))
             if not math.isfinite(losses[-1]):
                 raise ValueError(
                     f"the loss is not finite at step {step} of {steps}: lower lr ({lr:g})"
@@ -145,6 +209,7 @@ def fine_tune(
             shown.update(batch_size * width)
         shown.close()
     finally:
+        silent.close()
         model.zero_grad(set_to_none=True)
         torch.random.set_rng_state(state)
         for module, mode in modes:

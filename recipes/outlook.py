@@ -139,7 +139,8 @@ def expected_tokens(recipe: Recipe, model: nn.Module, tokenizer: Any, material: 
     out["cost"] = COST * sum(costs) * (candidates > 0)
     if shrinks:
         out["shrink"] = COUPLED * read(keep) + 2 * eigen
-        out["heal"] = TRAIN * r.heal_tokens * (1 + len(r.controls)) * kept
+        step = TRAIN * kept + (r.heal_teacher > 0)
+        out["heal"] = step * r.heal_tokens * (1 + len(r.controls))
     small = shrinks + 1 + 2 * len(r.controls)
     out["judge"] = (2 + small * kept) * JUDGE * test
     rates = len(r.attack_lrs)

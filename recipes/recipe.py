@@ -89,6 +89,8 @@ class Recipe:
         heal_tokens: Token budget of the short fine-tune on fresh kept text after shrinking; 0 for
             none.
         heal_lr: Learning rate of the healing.
+        heal_teacher: Share of what the healing learns that is what the model said before it was
+            shrunk (of a control: the base), 0 to 1; the rest is the text itself.
         gate: Strength that keeps the healing's updates off the directions that serve memory; 0 for
             none.
         controls: Neuron rankings that are given the same parameter count, the same refit and the
@@ -164,6 +166,7 @@ class Recipe:
     bias: bool = False
     heal_tokens: int = 200_000
     heal_lr: float = 1e-3
+    heal_teacher: float = 0.5
     gate: float = 0.0
     controls: tuple[str, ...] = ("random", "magnitude")
     map_tokens: int = 400
@@ -283,6 +286,8 @@ def check(recipe: Recipe) -> None:
         for value in values:
             if not 0 < value < math.inf:
                 raise ValueError(f"{setting} is {value}: expected a number above 0")
+    if not 0 <= recipe.heal_teacher <= 1:
+        raise ValueError(f"heal_teacher is {recipe.heal_teacher}: expected a share, 0 to 1")
     if recipe.attack_steps and not recipe.attack_lrs:
         raise ValueError("attack_lrs is empty: give a rate, or attack_steps 0 for no attack")
     for name, weight in (recipe.keep_weights or {}).items():

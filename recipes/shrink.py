@@ -151,14 +151,20 @@ def other_shape(
     return small, {"ranks": ranks}
 
 
-def heal_stage(run: Run, name: str, model: PreTrainedModel) -> PreTrainedModel:
-    """A short fine-tune on fresh kept text, with a stated token budget."""
+def heal_stage(
+    run: Run, name: str, model: PreTrainedModel, before: PreTrainedModel
+) -> PreTrainedModel:
+    """A short fine-tune on fresh kept text, with a stated token budget. before: the model that
+    `model` was made of, which teaches it where it is larger."""
     r, population = run.recipe, run.patient.material.heal
     if not r.heal_tokens or population is None:
         return model
-    depends = {"start": model_sha256(model), "population": population.sha256}
+    depends: dict[str, Any] = {"start": model_sha256(model), "population": population.sha256}
     names = ("heal_tokens", "heal_lr", "gate", "width", "batch_size", "seed")
     depends |= {k: getattr(r, k) for k in names}
+    taught = r.heal_teacher > 0 and count_parameters(model) < count_parameters(before)
+    if taught:
+        depends |= {"teacher": model_sha256(before), "heal_teacher": r.heal_teacher}
 
     def compute(folder: Path) -> Any:
         gate = None
@@ -177,6 +183,8 @@ def heal_stage(run: Run, name: str, model: PreTrainedModel) -> PreTrainedModel:
             width=r.width,
             seed=r.seed,
             gate=gate,
+            teacher=before if taught else None,
+            teacher_share=r.heal_teacher,
             progress=name,
         )
         saved(model, folder)

@@ -86,13 +86,18 @@ def heal(
     width: int = 128,
     seed: int = 0,
     gate: Gate | None = None,
+    teacher: nn.Module | None = None,
+    teacher_share: float = 0.5,
     progress: str | None = None,
 ) -> Healing:
     """Fine-tune `model` in place on `population` within a budget of `tokens` tokens (padding
     counted).
 
-    gate: keeps every step's update off the memorized directions. Raises ValueError where the budget
-    is smaller than one batch.
+    gate: keeps every step's update off the memorized directions. teacher: the model before it was
+    made smaller, whose distributions make up `teacher_share` of what is learned (distillation,
+    Hinton et al. 2015). Take the edited one, not the patient: what the patient says of ordinary
+    text brings its memories nearer, too. Raises ValueError where the budget is smaller than one
+    batch.
     """
     steps = tokens // (batch_size * width)
     if steps < 1:
@@ -111,6 +116,8 @@ def heal(
         seed=seed,
         score_end=True,
         project=None if gate is None else gate.apply,
+        teacher=teacher,
+        teacher_share=teacher_share,
         progress=progress,
     )
     if gate is not None:

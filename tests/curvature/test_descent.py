@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from curvature.descent import add_gradients, fine_tune, population_loss, schedule_share
+from curvature.descent import Teacher, add_gradients, fine_tune, population_loss, schedule_share
 from curvature.forward import CausalForward
 from curvature.populations import Batch, batches
 
@@ -42,6 +42,77 @@ def test_gradients_in_pieces_are_those_of_the_loss(
     empty = Batch(batch.ids, batch.mask, torch.zeros_like(batch.scored))
     with pytest.raises(ValueError, match="no scored token"):
         add_gradients(CausalForward(tiny_llama), empty, trained, rows)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize(("rows", "chunk"), [(16, 1 << 25), (3, 300)])
+def test_a_teacher_is_followed_by_its_share(
+    share, rows, chunk, tiny_llama, tokenizer, memorized, monkeypatch
+):
+    """(1 - share) CE + share KL(teacher, student) by autograd on full logits is the reference."""
+    (batch,) = batches(memorized, tokenizer, width=64, batch_size=16)
+    teacher = copy.deepcopy(tiny_llama)
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    at = batch.scored[:, 1:]
+    said = teacher(input_ids=batch.ids).logits[:, :-1][at].log_softmax(-1).detach()
+    logits = tiny_llama(input_ids=batch.ids).logits[:, :-1][at]
+    divergence = F.kl_div(logits.log_softmax(-1), said, log_target=True, reduction="batchmean")
+    labels = F.cross_entropy(logits, batch.ids[:, 1:][at])
+    ((1 - share) * labels + share * divergence).backward()
+    expected = {name: p.grad.clone() for name, p in tiny_llama.named_parameters()}
+    monkeypatch.setattr("curvature.forward.CHUNK", chunk)
+    trained = list(tiny_llama.parameters())
+    guide = Teacher(CausalForward(teacher), share)
+    loss = add_gradients(CausalForward(tiny_llama), batch, trained, rows, guide)
+    entropy = -(said.exp() * said).sum(-1).mean()
+    wanted = (1 - share) * labels + share * (divergence + entropy)
+    assert loss == pytest.approx(float(wanted.detach()), rel=1e-5)
+    for name, parameter in tiny_llama.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-7)
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_a_teacher_is_left_as_it_was(tiny_llama, tokenizer, memorized):
+    teacher = copy.deepcopy(tiny_llama).train()
+    before = copy.deepcopy(teacher.state_dict())
+    plain, guided = copy.deepcopy(tiny_llama), copy.deepcopy(tiny_llama)
+    fine_tune(plain, tokenizer, memorized, **SETTINGS)
+    fine_tune(guided, tokenizer, memorized, teacher=teacher, teacher_share=0.0, **SETTINGS)
+    fine_tune(tiny_llama, tokenizer, memorized, teacher=teacher, teacher_share=0.9, **SETTINGS)
+    assert teacher.training
+    assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
+
+    (batch,) = batches(memorized, tokenizer, width=64, batch_size=16)
+
+    @torch.no_grad()
+    def apart(model):
+        said = [m(input_ids=batch.ids).logits.log_softmax(-1) for m in (model, teacher.eval())]
+        return float(F.kl_div(*said, log_target=True))
+
+    # a share of nothing is plain training; a student that listens stays nearer
+    assert apart(guided) == pytest.approx(apart(plain), rel=1e-2)
+    assert apart(tiny_llama) < 0.8 * apart(plain)
+
+
+def test_bad_teachers(tiny_llama, tokenizer, memorized):
+    with pytest.raises(ValueError, match="the model that is trained"):
+        fine_tune(tiny_llama, tokenizer, memorized, teacher=tiny_llama, **SETTINGS)
+    other = copy.deepcopy(tiny_llama)
+    other.resize_token_embeddings(tiny_llama.config.vocab_size + 8)
+    with pytest.raises(ValueError, match=r"vocabulary has .* tokens"):
+        fine_tune(tiny_llama, tokenizer, memorized, teacher=other, **SETTINGS)
+    with pytest.raises(ValueError, match=r"share is 1\.5"):
+        fine_tune(
+            tiny_llama,
+            tokenizer,
+            memorized,
+            teacher=copy.deepcopy(tiny_llama),
+            teacher_share=1.5,
+            **SETTINGS,
+        )
+    assert not tiny_llama.training
 
 
 def test_fine_tuning_learns_reproducibly_and_restores_the_mode(tiny_llama, tokenizer, memorized):
