@@ -75,7 +75,7 @@ def fitted(
     settings["keep_neurons"] = 0.8 if 3 * factor_bytes < spare * 4 else 1.0
     settings["multiple"] = 64 if inner >= 1024 else 4 if inner >= 64 else 1
     share = min(1.0, math.sqrt(SMALL / parameters))
-    settings["heal_lr"] = float(f"{1e-3 * share:.2g}")
+    settings["heal_lr"] = float(f"{5e-4 * share:.2g}")
     settings["attack_lrs"] = tuple(float(f"{lr * share:.2g}") for lr in (1e-4, 3e-4, 1e-3))
     heal = min(200_000, settings["factor_tokens"] * 2)
     settings["heal_tokens"] = max(heal, settings["batch_size"] * width)

@@ -293,7 +293,7 @@ def too_gentle(base: float | None, before: float | None, after: float | None) ->
 
 def forgotten(base: float | None, now: float | None) -> bool:
     """Whether so little of the base's recall is left that further rounds would only cost."""
-    return (now or 0.0) <= 0.01 * (base or 0.0)
+    return (now or 0.0) <= 0.005 * (base or 0.0)
 
 
 def cut_once(

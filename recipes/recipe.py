@@ -60,7 +60,7 @@ class Recipe:
         strength: Strength of the edit (of every round); found on the tune split by default.
         rounds: Cuts that `contrast` makes, measured again after every one. With a strength all of
             them are made; without one the tune split says how strong they are and where to stop:
-            at 1 % of the recall, where the goals allow no more, or after twice as many. 1 for a
+            at half a percent of the recall, where the goals allow no more, or after twice as many. 1 for a
             single cut.
         harden: Further rounds of `contrast` at most, against what a short relearning of half of the
             edit split's memories brings back of the other half.
@@ -165,7 +165,7 @@ class Recipe:
     refit: bool = True
     bias: bool = False
     heal_tokens: int = 200_000
-    heal_lr: float = 1e-3
+    heal_lr: float = 5e-4
     heal_teacher: float = 0.5
     gate: float = 0.0
     controls: tuple[str, ...] = ("random", "magnitude")

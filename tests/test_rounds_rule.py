@@ -29,9 +29,9 @@ def test_a_round_that_takes_less_than_a_quarter_is_too_gentle(base, before, afte
     assert too_gentle(base, before, after) == doubled
 
 
-def test_a_hundredth_of_the_recall_is_forgotten():
-    assert forgotten(0.5, 0.005)
-    assert not forgotten(0.5, 0.006)
+def test_half_a_percent_of_the_recall_is_forgotten():
+    assert forgotten(0.5, 0.0025)
+    assert not forgotten(0.5, 0.003)
     assert forgotten(0.0, 0.0)
     assert forgotten(None, None)
 
@@ -102,7 +102,7 @@ def recalls(*values):
 
 
 def test_a_path_doubles_its_strength_and_ends_where_nothing_is_recited(path):
-    cuts, rounds = path(recalls(0.98, 0.7, 0.6, 0.09, 0.08, 0.01))
+    cuts, rounds = path(recalls(0.98, 0.7, 0.6, 0.09, 0.08, 0.005))
     assert [s for s, _ in cuts] == [0.005, 0.01, 0.01, 0.02, 0.02, 0.02]
     assert rounds == [1, 2, 3, 4, 5, 6]
 
