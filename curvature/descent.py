@@ -97,9 +97,10 @@ def add_gradients(
         raise ValueError("the batch has no scored token: there is no loss to take")
     total = 0.0
     for _, part in pieces(batch, rows):
+        # before the student's pass, of which everything is stored
+        taught = None if teacher is None else teacher.hidden(part.ids)
         hidden = forward.hidden(part.ids.to(device_of(forward.model)))
         gradient = torch.zeros_like(hidden, requires_grad=False)
-        taught = None if teacher is None else teacher.hidden(part.ids)
         for places, targets, leaf, logits in logits_in_chunks(forward, part, hidden):
             wanted = targets
             if teacher is not None and taught is not None:

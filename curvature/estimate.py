@@ -17,6 +17,8 @@ Bytes of one process, b per weight, n = rows * width tokens at a time (docs/scal
                                                 matrices read; m is what is left of it
     logits    8 min(n, CHUNK / V) V             in chunks over the positions, in fp32 with their
                                                 gradient
+    trained   12 min(n, CHUNK / V) V            and what a teacher wants to hear
+    logits
 """
 
 from __future__ import annotations
@@ -73,6 +75,7 @@ class Estimate:
     trained_rows: int
     one_trained_row: int
     logits: int
+    trained_logits: int
     judge: int
     disk: int
     operations: float
@@ -88,7 +91,7 @@ class Estimate:
         return max(
             2 * self.weights + self.held + self.rows + self.logits,
             self.weights + self.judge,
-            self.training + self.trained_rows + self.logits,
+            self.training + self.trained_rows + self.trained_logits,
         )
 
     @property
@@ -162,6 +165,7 @@ def estimate(model: nn.Module, targets: Sequence[Target], work: Work) -> Estimat
         + 2.0 * P * work.judged_tokens
         + 2.0 * eigen
     )
+    at_once = min(n, max(1, CHUNK // V))
     return Estimate(
         weights=b * P,
         training=b * (2 * P + 6 * kept) if work.trains else 2 * b * P,
@@ -171,7 +175,8 @@ def estimate(model: nn.Module, targets: Sequence[Target], work: Work) -> Estimat
         one_row=work.width * per_token,
         trained_rows=n * per_trained,
         one_trained_row=work.width * per_trained,
-        logits=8 * min(n, max(1, CHUNK // V)) * V,
+        logits=8 * at_once * V,
+        trained_logits=12 * at_once * V,
         judge=work.judge_batch_size * work.width * V * (b + 8),
         disk=(2 * work.populations + 1) * factors + b * (P + 4 * kept),
         operations=operations,

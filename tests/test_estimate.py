@@ -1,5 +1,6 @@
 """What a run is said to need, against what it takes."""
 
+import copy
 import gc
 import json
 from dataclasses import replace
@@ -10,7 +11,7 @@ import torch
 from safetensors import safe_open
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from curvature.descent import add_gradients
+from curvature.descent import Teacher, add_gradients
 from curvature.estimate import (
     Room,
     Work,
@@ -135,16 +136,18 @@ def test_the_factor_pass_takes_what_the_formula_says(case, tokenizer, population
     assert said.rows + said.logits == pytest.approx(peak, rel=0.15)
 
 
+@pytest.mark.parametrize("taught", [False, True])
 @pytest.mark.parametrize("case", SHAPES)
-def test_a_training_step_takes_what_the_formula_says(case, tokenizer, population, tmp_path):
+def test_a_training_step_takes_what_the_formula_says(case, taught, tokenizer, population, tmp_path):
     """Gradients, rows and logits within 15 %."""
     shape, _, rows, width = SHAPES[case]
     model = model_of(tokenizer, **shape)
     (batch, *_) = batches(population, tokenizer, width=width, batch_size=rows)
     trained, forward = list(model.parameters()), CausalForward(model)
+    teacher = Teacher(CausalForward(copy.deepcopy(model)), 0.5) if taught else None
 
     def once():
-        add_gradients(forward, batch, trained, rows)
+        add_gradients(forward, batch, trained, rows, teacher)
         for parameter in trained:
             parameter.grad = None
 
@@ -154,7 +157,7 @@ def test_a_training_step_takes_what_the_formula_says(case, tokenizer, population
     assert said.trained_rows == rows * width * trained_row_bytes(model)
     gradients = 4 * parameters_of(model)
     peak = peak_allocated(once, tmp_path)
-    assert gradients + said.trained_rows + said.logits == pytest.approx(peak, rel=0.15)
+    assert gradients + said.trained_rows + said.trained_logits == pytest.approx(peak, rel=0.15)
 
 
 @pytest.mark.parametrize("coupled", [False, True])
