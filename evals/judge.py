@@ -72,6 +72,17 @@ class Judgement:
         None where there are none."""
         return _mean(self.hits(evalset, targeted=targeted))
 
+    def nearly(self, evalset: EvalSet) -> float | None:
+        """Share of the headline's memories that are recited but for one token at most (of a target
+        of fewer than four tokens: whole). What is about to come back, where strict accuracy has no
+        more to count."""
+        wanted = {item.id for item in evalset.headline()}
+        mine = [
+            r for item, r in zip(evalset.memories, self.memories, strict=True) if item.id in wanted
+        ]
+        near = [float(round((1 - r.right) * r.tokens) <= (r.tokens > 3)) for r in mine]
+        return _mean(near) if all(r.known for r in mine) else None
+
     def reasoning(self, evalset: EvalSet) -> float | None:
         """Mean over the tasks that are not set aside."""
         values = [t.value for t in self.tasks if t.task not in evalset.aside]

@@ -60,8 +60,8 @@ class Recipe:
         strength: Strength of the edit (of every round); found on the tune split by default.
         rounds: Cuts that `contrast` makes, measured again after every one. With a strength all of
             them are made; without one the tune split says how strong they are and where to stop:
-            at half a percent of the recall, where the goals allow no more, or after twice as many.
-            1 for a single cut.
+            where nothing is recited or nearly so, where the goals allow no more, or after twice as
+            many. 1 for a single cut.
         harden: Further rounds of `contrast` at most, against what a short relearning of half of the
             edit split's memories brings back of the other half.
         eps: Damping of `contrast`. By default .03, or .1 where the search tries several candidates

@@ -78,7 +78,7 @@ class Goals:
 @dataclass(frozen=True)
 class Outcome:
     """A candidate's figures on the tune split, shares of the base. others: the least kept of what
-    no goal names (arithmetic, listed knowledge).
+    no goal names (arithmetic, listed knowledge). nearly: what is recited but for one token.
     """
 
     recall: float
@@ -86,6 +86,7 @@ class Outcome:
     perplexity: float
     parameters: float = 1.0
     others: float = 1.0
+    nearly: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -155,10 +156,14 @@ def miss(goals: Goals, outcome: Outcome) -> float:
 
 
 def objective(goals: Goals, outcome: Outcome) -> float:
-    """What is minimized: missed goals first, then, among what meets them, recall, parameters and
-    what was lost beside it.
+    """What is minimized: missed goals first, then, among what meets them, recall (whole, and half
+    as much what lacks one token), parameters and what was lost beside it.
     """
-    rest = outcome.recall + 0.3 * (2 - outcome.reasoning - min(outcome.others, 1.0))
+    rest = (
+        outcome.recall
+        + 0.5 * outcome.nearly
+        + 0.3 * (2 - outcome.reasoning - min(outcome.others, 1.0))
+    )
     if goals.shrink is None:
         rest += 0.1 * outcome.parameters
     return 10 * miss(goals, outcome) + rest

@@ -7,8 +7,9 @@ import pytest
 from curvature.populations import Document, Population
 from curvature.stages import Stages
 from recipes import cut
-from recipes.cut import forgotten, lost_so_far, strength_stage, too_gentle, tries
+from recipes.cut import forgotten, lost_so_far, outcome_of, strength_stage, too_gentle, tries
 from recipes.recipe import DAMPINGS, Recipe, goals_of
+from surgery.search import Goals, Outcome, objective
 
 
 @pytest.mark.parametrize(
@@ -29,11 +30,17 @@ def test_a_round_that_takes_less_than_a_quarter_is_too_gentle(base, before, afte
     assert too_gentle(base, before, after) == doubled
 
 
-def test_half_a_percent_of_the_recall_is_forgotten():
-    assert forgotten(0.5, 0.0025)
-    assert not forgotten(0.5, 0.003)
-    assert forgotten(0.0, 0.0)
-    assert forgotten(None, None)
+@pytest.mark.parametrize(
+    ("recall", "nearly", "done"),
+    [(0.0, 0.0, True), (0.005, 0.02, True), (0.006, 0.0, False), (0.0, 0.03, False)],
+)
+def test_a_path_ends_where_nothing_is_recited_nor_nearly_so(recall, nearly, done):
+    assert forgotten(Outcome(recall, 1.0, 1.0, nearly=nearly)) == done
+
+
+def test_what_the_base_does_not_recite_is_forgotten():
+    nothing = {"recall": None, "nearly": None, "reasoning": 0.5, "perplexity": 9.0}
+    assert forgotten(outcome_of(nothing, nothing))
 
 
 def kept(*roles):
@@ -52,7 +59,14 @@ def run_on(keep, tmp_path=None, **settings):
     return SimpleNamespace(recipe=Recipe(**settings), patient=patient, stages=stages)
 
 
-BASE = {"recall": 1.0, "reasoning": 0.8, "arithmetic": 0.9, "listed": 1.0, "perplexity": 10.0}
+BASE = {
+    "recall": 1.0,
+    "nearly": 1.0,
+    "reasoning": 0.8,
+    "arithmetic": 0.9,
+    "listed": 1.0,
+    "perplexity": 10.0,
+}
 
 
 def test_every_kept_text_answers_for_its_own_figures():
@@ -98,7 +112,19 @@ def path(monkeypatch, tmp_path):
 
 
 def recalls(*values):
-    return [{"recall": value} for value in values]
+    return [{"recall": value, "nearly": value} for value in values]
+
+
+def test_a_path_goes_on_while_memories_are_one_token_away(path):
+    near = [{"recall": 0.0, "nearly": share} for share in (0.06, 0.03, 0.02)]
+    assert len(path([*recalls(0.3), *near, *recalls(0.0)])[0]) == 4
+
+
+def test_of_two_points_that_recite_nothing_the_one_further_off_is_chosen():
+    near = Outcome(0.0, 1.0, 1.0, nearly=0.06)
+    far = Outcome(0.0, 0.997, 1.0, nearly=0.01, others=0.985)
+    spent = Outcome(0.0, 0.97, 1.0, nearly=0.0, others=0.9)
+    assert min((near, far, spent), key=lambda o: objective(Goals(), o)) == far
 
 
 def test_a_path_doubles_its_strength_and_ends_where_nothing_is_recited(path):
@@ -132,7 +158,7 @@ def test_a_given_strength_is_kept_for_all_rounds(path):
 
 
 def test_a_round_hears_what_the_one_before_it_has_cost(path):
-    cuts, _ = path([{"recall": 0.5, "perplexity": 12.5}, {"recall": 0.0}])
+    cuts, _ = path([{"recall": 0.5, "perplexity": 12.5}, {"recall": 0.0, "nearly": 0.0}])
     assert cuts[0][1] == {}
     assert cuts[1][1] == pytest.approx({"reasoning": 0.0, "language": 0.2})
 
@@ -142,7 +168,7 @@ def test_a_path_cuts_with_the_damping_of_its_candidate(path, monkeypatch, tmp_pa
 
     def cut_once(run, start, measured, scales, targets, number, strength, eps, lost, folder):
         used.append(eps)
-        return BASE | {"recall": 0.0}
+        return BASE | {"recall": 0.0, "nearly": 0.0}
 
     path(recalls(0.0))  # nothing is measured or cut
     monkeypatch.setattr(cut, "cut_once", cut_once)
@@ -176,7 +202,7 @@ def test_a_search_chooses_the_damping_that_the_tune_split_prefers(
     def tries(run, factors, goals, base, settings, layers):
         seen.append(settings.get("eps"))
         cost = 1.0 if settings.get("eps") == better else 1.2
-        point = BASE | {"recall": 0.0, "perplexity": 10 * cost, **settings}
+        point = BASE | {"recall": 0.0, "nearly": 0.0, "perplexity": 10 * cost, **settings}
         return [run.stages.run(f"try-{len(seen)}", settings, lambda _: point)]
 
     monkeypatch.setattr(cut, "tries", tries)

@@ -96,6 +96,30 @@ def test_every_form_of_a_fact_is_asked(patient, some):
     assert plain.rate == 1.0
 
 
+def test_what_lacks_one_token_is_nearly_recited(patient, some):
+    """Wrong tokens by hand: two of ten spoil an item, one of ten does not, one of three does."""
+    judgement = judge(*patient, some, harness=False)
+    mine = [k for k, i in enumerate(some.memories) if i.well_exposed and i.targeted]
+    assert len(mine) >= 4
+
+    def with_scores(*scores):
+        memories = list(judgement.memories)
+        for k in mine:
+            memories[k] = dataclasses.replace(memories[k], strict=False, right=0.0, tokens=10)
+        for k, (right, tokens) in zip(mine, scores):
+            memories[k] = dataclasses.replace(memories[k], right=right, tokens=tokens)
+        return dataclasses.replace(judgement, memories=tuple(memories)).nearly(some)
+
+    assert with_scores() == 0.0
+    assert with_scores((0.9, 10)) == pytest.approx(1 / len(mine))
+    assert with_scores((0.8, 10), (2 / 3, 3)) == 0.0
+    assert with_scores((1.0, 3), (3 / 4, 4), (31 / 32, 32)) == pytest.approx(3 / len(mine))
+    assert judgement.nearly(some) >= judgement.recall(some)
+    unscored = dataclasses.replace(judgement.memories[mine[0]], logprob=float("nan"))
+    memories = (*judgement.memories[: mine[0]], unscored, *judgement.memories[mine[0] + 1 :])
+    assert dataclasses.replace(judgement, memories=memories).nearly(some) is None
+
+
 def test_a_broken_model_gets_reasons_instead_of_zeros(patient, some):
     base, tokenizer = patient
     broken = AutoModelForCausalLM.from_pretrained(organism.MODEL).eval()
