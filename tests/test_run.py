@@ -15,9 +15,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import run
+from curvature.artifacts import model_sha256
 from recipes.measure import measure, measured_targets
 from recipes.patient import fit, load
 from recipes.recipe import save_recipe
+from surgery.heal import heal
+from surgery.operate import operate
+from surgery.plan import load_plan
 
 ROOT = Path(__file__).parent.parent
 QUICK = {
@@ -114,6 +118,34 @@ def test_every_shape_is_judged_attacked_and_loads(files, tmp_path, name):
     assert own == (name in ("ragged", "low-rank"))
     model = AutoModelForCausalLM.from_pretrained(out / "checkpoint", trust_remote_code=own)
     assert model.num_parameters() == verdict["parameters_edited"]
+
+
+def test_the_edited_model_teaches_and_never_the_patient(files, tmp_path, monkeypatch):
+    """What the patient says of ordinary text brings its memories nearer: it teaches controls alone.
+    Where nothing was made smaller nobody teaches."""
+    teachers = {}
+
+    def listening(model, *args, teacher=None, progress=None, **settings):
+        teachers[progress] = None if teacher is None else model_sha256(teacher)
+        return heal(model, *args, teacher=teacher, progress=progress, **settings)
+
+    monkeypatch.setattr("recipes.shrink.heal", listening)
+    out = tmp_path / "out"
+    quick = {"candidates": 1, "rounds": 1, "attack_steps": 0, "map_tokens": 0}
+    assert run.main(arguments(files, out, **quick)) in (0, 1)
+    patient = AutoModelForCausalLM.from_pretrained(files / "model").eval()
+    dense = operate(patient, load_plan(out / "stages" / "cut"), copy_model=True)
+    wanted = {"heal": model_sha256(dense), "control-random-healed": model_sha256(patient)}
+    assert teachers == wanted
+    assert wanted["heal"] != wanted["control-random-healed"]
+    teachers.clear()
+    same = {**quick, "keep_neurons": 1.0, "controls": []}
+    assert run.main([*arguments(files, tmp_path / "same", **same)]) in (0, 1)
+    assert teachers == {"heal": None}
+    teachers.clear()
+    alone = {**quick, "heal_teacher": 0, "update": True}
+    assert run.main(arguments(files, out, **alone)) in (0, 1)
+    assert teachers == {"heal": None, "control-random-healed": None}
 
 
 def test_results_hold_the_contract(finished):
