@@ -113,8 +113,9 @@ def strength_stage(run: Run, factors: dict[str, dict[str, Factors]]) -> None:
         evaluations = 1 if single else r.candidates
         if r.method == "contrast" and r.eps is None and evaluations > 1:
             space["eps"] = Axis(choices=DAMPINGS)
-            first, *others = [{**s, "eps": DAMPINGS[0]} for s in start]
-            start = [first, {**first, "eps": DAMPINGS[1]}, *others]
+            first, *others = start
+            start = [{**first, "eps": eps} for eps in DAMPINGS]
+            start += [{**other, "eps": DAMPINGS[len(DAMPINGS) // 2]} for other in others]
 
         def points_of(settings: dict[str, Any]) -> list[dict[str, Any]]:
             return [s.value for s in tries(run, factors, goals, base, settings, layers)]

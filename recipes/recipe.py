@@ -21,7 +21,7 @@ NOT_SAVED = tuple(
     "compare".split()
 )
 """Settings that say what to do with a recipe: no part of it, and no reason to run a stage again."""
-DAMPINGS = (0.03, 0.1)
+DAMPINGS = (0.03, 0.1, 0.3)
 """Dampings of `contrast` that a search chooses between: which one suits differs from model to
 model. The first one is taken where nothing is searched."""
 
@@ -64,8 +64,8 @@ class Recipe:
             many. 1 for a single cut.
         harden: Further rounds of `contrast` at most, against what a short relearning of half of the
             edit split's memories brings back of the other half.
-        eps: Damping of `contrast`. By default .03, or .1 where the search tries several candidates
-            and the tune split prefers it.
+        eps: Damping of `contrast`. By default .03; where the search tries several candidates it
+            chooses between .03, .1 and .3.
         keep_weights: Weights of the kept populations by name (reasoning, reference; on the organism
             reasoning, language, listed knowledge); equal by default. In rounds these are the
             weights to begin with: what loses weighs more in the next one.
