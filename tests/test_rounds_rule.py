@@ -127,6 +127,15 @@ def test_of_two_points_that_recite_nothing_the_one_further_off_is_chosen():
     assert min((near, far, spent), key=lambda o: objective(Goals(), o)) == far
 
 
+def test_no_near_miss_of_memory_is_worth_a_goal():
+    goals = Goals(keep_perplexity=1.01)
+    met = Outcome(0.0, 0.98, 1.004, nearly=0.1)
+    missed = Outcome(0.0, 0.98, 1.0115, nearly=0.0)
+    assert objective(goals, met) < objective(goals, missed)
+    # but one that hardly forgets is not preferred for a hair
+    assert objective(goals, missed) < objective(goals, Outcome(0.9, 1.0, 1.0))
+
+
 def test_a_path_doubles_its_strength_and_ends_where_nothing_is_recited(path):
     cuts, rounds = path(recalls(0.98, 0.7, 0.6, 0.09, 0.08, 0.005))
     assert [s for s, _ in cuts] == [0.005, 0.01, 0.01, 0.02, 0.02, 0.02]
