@@ -96,7 +96,7 @@ def heal(
     gate: keeps every step's update off the memorized directions. teacher: the model before it was
     made smaller, whose distributions make up `teacher_share` of what is learned (distillation,
     Hinton et al. 2015). Take the edited one, not the patient: what the patient says of ordinary
-    text brings its memories nearer, too. Raises ValueError where the budget is smaller than one
+    text may carry what it knows by heart. Raises ValueError where the budget is smaller than one
     batch.
     """
     steps = tokens // (batch_size * width)

@@ -121,7 +121,7 @@ def test_every_shape_is_judged_attacked_and_loads(files, tmp_path, name):
 
 
 def test_the_edited_model_teaches_and_never_the_patient(files, tmp_path, monkeypatch):
-    """What the patient says of ordinary text brings its memories nearer: it teaches controls alone.
+    """What the patient says of ordinary text may carry its memories: it teaches controls alone.
     Where nothing was made smaller nobody teaches."""
     teachers = {}
 
