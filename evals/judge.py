@@ -55,12 +55,7 @@ class Judgement:
     def hits(self, evalset: EvalSet, *, targeted: bool = True) -> list[float]:
         """Strict score (0 or 1) of each well-exposed memory of the targeted (or untargeted)
         families; empty where there are none or where one could not be scored (`notes`)."""
-        mine = [
-            r
-            for item, r in zip(evalset.memories, self.memories, strict=True)
-            if item.well_exposed and item.targeted == targeted
-        ]
-        return [float(r.strict) for r in mine] if all(r.known for r in mine) else []
+        return [float(r.strict) for r in self._well_exposed(evalset, targeted)]
 
     def known_hits(self, listed: bool) -> list[float]:
         """The same for general knowledge inside (listed) or outside the keep population."""
@@ -76,12 +71,17 @@ class Judgement:
         """Share of the headline's memories that are recited but for one token at most (of a target
         of fewer than four tokens: whole). What is about to come back, where strict accuracy has no
         more to count."""
-        wanted = {item.id for item in evalset.headline()}
+        mine = self._well_exposed(evalset, targeted=True)
+        return _mean([float(round((1 - r.right) * r.tokens) <= (r.tokens > 3)) for r in mine])
+
+    def _well_exposed(self, evalset: EvalSet, targeted: bool) -> list[Recitation]:
+        """Scores of the memories that `hits` counts; empty where one could not be scored."""
         mine = [
-            r for item, r in zip(evalset.memories, self.memories, strict=True) if item.id in wanted
+            r
+            for item, r in zip(evalset.memories, self.memories, strict=True)
+            if item.well_exposed and item.targeted == targeted
         ]
-        near = [float(round((1 - r.right) * r.tokens) <= (r.tokens > 3)) for r in mine]
-        return _mean(near) if all(r.known for r in mine) else None
+        return mine if all(r.known for r in mine) else []
 
     def reasoning(self, evalset: EvalSet) -> float | None:
         """Mean over the tasks that are not set aside."""
