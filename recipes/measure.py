@@ -75,8 +75,11 @@ def factors_stage(
     run: Run, name: str, model: PreTrainedModel, *, memorized: bool = True
 ) -> dict[str, dict[str, Factors]]:
     """Kronecker factors of every target: the Fisher of what is kept, by `propagated` labels, whose
-    noise is smaller where the model is sure, and logit margins on what is memorized."""
+    noise is smaller where the model is sure, and logit margins on what is memorized. Without
+    `memorized` no more than shrinking asks for: A and G of the share of the kept text that a round
+    reads."""
     r = run.recipe
+    share = 1.0 if memorized else ROUND_SHARE
     settings = {
         k: getattr(r, k)
         for k in (
@@ -89,7 +92,7 @@ def factors_stage(
             "keep_weights",
         )
     }
-    settings |= {"shrinks": run.keep_neurons < 1, "memorized": memorized}
+    settings |= {"shrinks": run.keep_neurons < 1, "share": share}
     depends = {**run.source, "measured": model_sha256(model), **settings}
     sources = populations_of(run, memorized)
 
@@ -98,23 +101,29 @@ def factors_stage(
         factors = {}
         for key, population in sources.items():
             path = factors_file(folder, key)
-            measured = measure_all(run, model, targets, {key: population}, name, share_out=True)
+            measured = measure_all(
+                run, model, targets, {key: population}, name, share, share_out=True
+            )
             save_factors(path, measured[key], {"population": population.sha256}, share_out=True)
             # mapped from the file: one population at a time stands in memory
             del measured
             factors[key] = load_factors(path)[0]
+        found: dict[str, Any] = {
+            "tokens": {
+                key: max(f.tokens for f in measured.values()) for key, measured in factors.items()
+            },
+            "labels": {key: run.labels[key] for key in factors},
+        }
+        if not memorized:
+            return found
         bases = cached_eigenbases(bases_folder(folder), kept_factors(factors, r.keep_weights))
         spectra = {
             n: {"A": spread(b.A.values.flip(0).tolist()), "G": spread(b.G.values.flip(0).tolist())}
             for n, b in bases.items()
         }
-        return {
-            "tokens": {
-                key: max(f.tokens for f in measured.values()) for key, measured in factors.items()
-            },
+        return found | {
             "eigenvalues": spectra,
-            "layers": layers_of(factors, targets, r.keep_weights) if memorized else {},
-            "labels": {key: run.labels[key] for key in factors},
+            "layers": layers_of(factors, targets, r.keep_weights),
         }
 
     stage = run.stages.run(name, depends, compute)

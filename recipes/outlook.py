@@ -138,7 +138,7 @@ def expected_tokens(recipe: Recipe, model: nn.Module, tokenizer: Any, material: 
     costs = (part(p, r.cost_tokens) for p in (*keep, *gone))
     out["cost"] = COST * sum(costs) * (candidates > 0)
     if shrinks:
-        out["shrink"] = COUPLED * read(keep) + 2 * eigen
+        out["shrink"] = MEASURE * read(keep, ROUND_SHARE)
         step = TRAIN * kept + (r.heal_teacher > 0)
         out["heal"] = step * r.heal_tokens * (1 + len(r.controls))
     small = shrinks + 1 + 2 * len(r.controls)
