@@ -2,10 +2,11 @@
 population.
 
 A perturbation D of targets shifts the loss at first order by sum_t s_t, s_t = sum over targets of
-g_t^T D a_t (gold labels), and at second order by half the Fisher's quadratic form. With labels
-drawn from the model the scores of different positions are uncorrelated, so E[(sum_{t in row}
-s_t)^2] over rows is that form without bias; the token-wise E[sum_t s_t^2] leaves out what positions
-share.
+g_t^T D a_t (gold labels), and at second order by half the Fisher's quadratic form. With noise of
+the Fisher's covariance at every logit, independent from position to position (labels drawn from the
+model, or `propagated` signs), the scores of different positions are uncorrelated, so E[(sum_{t in
+row} s_t)^2] over rows is that form without bias; the token-wise E[sum_t s_t^2] leaves out what
+positions share.
 """
 
 from __future__ import annotations

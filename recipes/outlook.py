@@ -89,7 +89,7 @@ def expected_tokens(recipe: Recipe, model: nn.Module, tokenizer: Any, material: 
     """Stage -> tokens of a forward pass that take as long, counted from the texts: what is read
     how often, and what a reading costs."""
     r = recipe
-    shrinks = r.keep_neurons is None or r.keep_neurons < 1 or r.shrink is not None
+    shrinks = r.neurons_kept < 1 or r.shrink is not None
     keep, gone = material.keep, material.memorized
 
     budget = max(r.factor_tokens, r.map_tokens, r.cost_tokens)
@@ -110,8 +110,7 @@ def expected_tokens(recipe: Recipe, model: nn.Module, tokenizer: Any, material: 
 
     # what is smaller is read and trained faster
     inside = sum(t.parameters for block in blocks for t in block.targets)
-    neurons = 0.6 if r.keep_neurons is None else r.keep_neurons
-    kept = 1 - (1 - neurons) * inside / count_parameters(model) if shrinks else 1.0
+    kept = 1 - (1 - r.neurons_kept) * inside / count_parameters(model) if shrinks else 1.0
     kept = kept if r.shrink is None else r.shrink
 
     test, tune = asked(material.test, tokenizer), asked(material.tune, tokenizer)
@@ -196,8 +195,8 @@ def outlook(recipe: Any, model: Any, material: Any, seconds: float | None) -> li
         steps.append(f"cut by {r.method}, {settings} tried")
         if r.shrink is not None:
             steps.append(f"take neurons out until {r.shrink:.0%} of the parameters are left")
-        elif r.keep_neurons is None or r.keep_neurons < 1:
-            steps.append(f"take all but {r.keep_neurons or 0.6:.0%} of the neurons out")
+        elif r.neurons_kept < 1:
+            steps.append(f"take all but {r.neurons_kept:.0%} of the neurons out")
         if r.heal_tokens:
             steps.append(f"heal on {r.heal_tokens:,} tokens")
         if r.attack_steps:

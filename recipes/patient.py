@@ -74,7 +74,7 @@ class Run:
         r = self.recipe
         if r.shrink is not None:
             return neurons_for(self.patient.model, r.shrink)
-        return 0.6 if r.keep_neurons is None else r.keep_neurons
+        return r.neurons_kept
 
     @property
     def source(self) -> dict[str, str]:
@@ -141,7 +141,7 @@ def fit(recipe: Recipe) -> Recipe:
 def work_of(recipe: Recipe) -> Work:
     """The size of the job, for the estimate of memory and time."""
     r = recipe
-    arms, kept = 3 + 2 * len(r.controls), 0.6 if r.keep_neurons is None else r.keep_neurons
+    arms, kept = 3 + 2 * len(r.controls), r.neurons_kept
     rates = len(r.attack_lrs)
     runs = 1 + rates + (2 + len(r.controls)) * (rates if r.attack_everyone else 1) + 2
     attacked = runs * r.attack_steps * ATTACK_TOKENS

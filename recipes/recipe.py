@@ -214,6 +214,11 @@ class Recipe:
         return self.method == "contrast" and self.rounds > 1
 
     @property
+    def neurons_kept(self) -> float:
+        """`keep_neurons` as given, or .6; the goal `shrink` goes before it."""
+        return 0.6 if self.keep_neurons is None else self.keep_neurons
+
+    @property
     def damping(self) -> float:
         """The damping of `contrast` where no search has chosen another one."""
         return DAMPINGS[0] if self.eps is None else self.eps
