@@ -46,7 +46,7 @@ COST_SCALES = (0.05, 0.1, 0.25, 0.5, 1.0)
 """Shares of the whole edit at which its predicted cost is compared with the measured one."""
 NOTHING_RECITED = "the model recites too little of the built-in passages: one cut, no search"
 """Said where stand-in texts are hardly recited: a search could make nothing less."""
-HARDEN_STEPS, HARDEN_LR = 40, 3e-4
+HARDEN_STEPS, HARDEN_LR = 100, 3e-4
 """Steps and learning rate of the relearning that a hardening round is measured on."""
 
 
