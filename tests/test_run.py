@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import run
 from curvature.artifacts import model_sha256
+from curvature.factors import load_factors
 from recipes.measure import measure, measured_targets
 from recipes.patient import fit, load
 from recipes.recipe import save_recipe
@@ -92,6 +93,20 @@ def test_a_run_leaves_a_checkpoint_that_ordinary_tools_load(files, finished):
     assert sum(w.numel() for w in weights.values()) == small.num_parameters()
     assert torch.isfinite(small(**tokenizer("sort b a =", return_tensors="pt")).logits).all()
     assert "# model, edited with Lethe" in (finished / "checkpoint" / "README.md").read_text()
+
+
+def test_shrinking_measures_no_more_than_it_asks_for(finished):
+    """After the cut: A and G of a round's share of the kept text, no memories, no eigenbases."""
+    before, after = (finished / "stages" / name for name in ("factors", "factors-after-cut"))
+    tokens = [
+        json.loads((f / "stage.json").read_text())["value"]["tokens"] for f in (before, after)
+    ]
+    assert set(tokens[1]) == {name for name in tokens[0] if not name.startswith("memorized/")}
+    assert all(n < tokens[0][name] for name, n in tokens[1].items())
+    whole, part = (load_factors(f / "reference.safetensors")[0] for f in (before, after))
+    assert all(f.A_coupled is not None for f in whole.values())
+    assert all(f.A_coupled is None and f.G_coupled is None for f in part.values())
+    assert not (after / "eigenbases").exists()
 
 
 SHAPES = {
