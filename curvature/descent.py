@@ -4,8 +4,8 @@ attack share it."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, cast
@@ -117,6 +117,33 @@ def add_gradients(
     return total
 
 
+class FullPrecision:
+    """What an optimizer sees of half-precision weights: fp32 values, so that steps smaller than
+    half a unit in the last place add up and are not rounded away. Weights in fp32 are left alone.
+
+    4 bytes per trained weight that is not fp32, and the optimizer's moments are fp32 too.
+    """
+
+    def __init__(self, trained: Iterable[nn.Parameter]):
+        self.values = [(p, p.detach().float()) for p in trained if p.dtype.itemsize < 4]
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """Inside, weights and gradients are fp32; afterwards the weights are rounded to their own
+        dtype and have no gradients."""
+        rounded = [p.data for p, _ in self.values]
+        for p, value in self.values:
+            gradient, p.grad = p.grad, None
+            p.data = value
+            p.grad = None if gradient is None else gradient.float()
+        try:
+            yield
+        finally:
+            for (p, value), low in zip(self.values, rounded, strict=True):
+                p.grad = None
+                p.data = low.copy_(value)
+
+
 def schedule_share(step: int, steps: int, schedule: Schedule, warmup: float = 0.05) -> float:
     """Share of the peak learning rate at a step: a linear warm-up, then constant or a cosine to a
     tenth."""
@@ -143,6 +170,7 @@ def fine_tune(
     score_end: bool = False,
     parameters: Iterable[nn.Parameter] | None = None,
     project: Callable[[], None] | None = None,
+    watch: Callable[[int], None] | None = None,
     teacher: nn.Module | None = None,
     teacher_share: float = 0.5,
     progress: str | None = None,
@@ -151,11 +179,13 @@ def fine_tune(
     (nats per scored token).
 
     parameters: what is trained (default: all that require a gradient). project: called after each
-    backward pass and clipping (norm 1) and before the step; it may change every `.grad`. teacher: a
-    model of the same vocabulary whose distributions make up `teacher_share` of what is learned, see
-    `Teacher`; it is not changed.
-    `score_end` also trains the end of documents. Training mode is on inside, and the model's mode
-    and missing gradients are restored; the same seed gives the same weights on the same machine.
+    backward pass and clipping (norm 1) and before the step; it may change every `.grad` and weight,
+    which are fp32 then (`FullPrecision`). watch: called before each step with the number of those
+    taken. teacher: a model of the same vocabulary whose distributions make up `teacher_share` of
+    what is learned, see `Teacher`; it is not changed. `score_end` also trains the end of documents.
+
+    Training mode is on inside, and the model's mode and missing gradients are restored; the same
+    seed gives the same weights on the same machine.
 
     Raises ValueError on a loss that is not finite, naming the step, where there is nothing to
     train, and for a teacher of another vocabulary.
@@ -171,6 +201,7 @@ def fine_tune(
         )
     # one kernel for the whole update: a loop over tensors is a thirtieth of a small model's step
     fused = all(p.device.type in ("cpu", "cuda") for p in trained)
+    full = FullPrecision(trained)
     optimizer = torch.optim.AdamW(
         trained, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.98), fused=fused
     )
@@ -193,6 +224,8 @@ def fine_tune(
             silent.enter_context(evaluation_mode(teacher))
         shown = bar(progress, total=steps * batch_size * width, unit="tokens")
         for step in range(steps):
+            if watch is not None:
+                watch(step)
             batch = next(stream)
             add = partial(add_gradients, forward, batch, trained, teacher=guide)
             losses.append(at_once.run(add))
@@ -200,12 +233,13 @@ def fine_tune(
                 raise ValueError(
                     f"the loss is not finite at step {step} of {steps}: lower lr ({lr:g})"
                 )
-            nn.utils.clip_grad_norm_(trained, 1.0)
-            if project is not None:
-                project()
-            for group in optimizer.param_groups:
-                group["lr"] = lr * schedule_share(step, steps, schedule)
-            optimizer.step()
+            with full.shown():
+                nn.utils.clip_grad_norm_(trained, 1.0)
+                if project is not None:
+                    project()
+                for group in optimizer.param_groups:
+                    group["lr"] = lr * schedule_share(step, steps, schedule)
+                optimizer.step()
             model.zero_grad(set_to_none=True)
             shown.update(batch_size * width)
         shown.close()

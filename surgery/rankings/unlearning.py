@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from curvature.descent import population_loss
+from curvature.descent import FullPrecision, population_loss
 from curvature.forward import device_of
 from curvature.populations import Batch, endless_batches
 from surgery.rankings.base import Cut, Operation, Ranking
@@ -77,6 +77,7 @@ def train(operation: Operation, forget: Forget) -> Cut:
         parameter.requires_grad_(False)
     trained = {t.name: model.get_parameter(f"{t.name}.weight") for t in operation.targets}
     weights = [weight.requires_grad_(True) for weight in trained.values()]
+    full = FullPrecision(weights)
     optimizer = torch.optim.AdamW(weights, lr=settings["lr"], weight_decay=0.0)
     gone, kept = (streams(operation, role) for role in ("memorized", "kept"))
     for step in range(steps):
@@ -88,8 +89,9 @@ def train(operation: Operation, forget: Forget) -> Cut:
                 f"the unlearning loss is not finite at step {step}: lower lr or the strength"
             )
         loss.backward()
-        nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
+        with full.shown():
+            nn.utils.clip_grad_norm_(weights, 1.0)
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     tensors = {f"{name}.weight": weight.detach().clone() for name, weight in trained.items()}
     return Cut("edit", tensors, len(trained), len(trained))

@@ -164,3 +164,42 @@ def test_schedules():
     assert cosine[0] == pytest.approx(0.2)
     assert cosine[-1] == pytest.approx(0.1, abs=0.01)
     assert [schedule_share(k, 10, "constant") for k in (0, 5, 9)] == [1.0, 1.0, 1.0]
+
+
+def test_half_precision_weights_learn_what_fp32_learns(tiny_llama, tokenizer, memorized):
+    """Steps of 1e-5 are smaller than half a unit in the last place of most bf16 weights: stepped in
+    bf16 they would round to nothing."""
+    settings = {"steps": 40, "lr": 1e-5, "batch_size": 4, "width": 32, "seed": 1}
+    half = copy.deepcopy(tiny_llama).bfloat16()
+    full = copy.deepcopy(half).float()
+    start = {name: p.detach().clone() for name, p in full.named_parameters()}
+    dtypes = []
+
+    def project():
+        dtypes.append({x.dtype for p in half.parameters() for x in (p, p.grad)})
+
+    fine_tune(half, tokenizer, memorized, project=project, **settings)
+    fine_tune(full, tokenizer, memorized, **settings)
+    assert dtypes == [{torch.float32}] * 40
+    assert all(p.dtype == torch.bfloat16 and p.grad is None for p in half.parameters())
+    moved = {name: p.detach() - start[name] for name, p in full.named_parameters()}
+    for name, p in half.named_parameters():
+        if p.ndim < 2:
+            continue  # a norm's ones have moved by less than a bf16 number can
+        # rounded to bf16 once, at the end
+        along = (p.detach().float() - start[name]).flatten() @ moved[name].flatten()
+        assert along > 0.5 * moved[name].flatten().square().sum(), name
+
+
+def test_watch_sees_the_weights_of_every_step(tiny_llama, tokenizer, memorized):
+    seen = []
+    weight = tiny_llama.lm_head.weight
+    fine_tune(
+        tiny_llama,
+        tokenizer,
+        memorized,
+        watch=lambda step: seen.append((step, float(weight.detach().sum()))),
+        **{**SETTINGS, "steps": 3},
+    )
+    assert [step for step, _ in seen] == [0, 1, 2]
+    assert len({total for _, total in seen}) == 3
