@@ -97,6 +97,32 @@ def _resampled_means(groups: Sequence[np.ndarray], draws: int, seed: int) -> np.
     return total / len(groups)
 
 
+def _given_the_base(groups: Sequence[np.ndarray], level: float) -> tuple[float, float]:
+    """Limits of the mean over groups of the edited arm's rate, what the base got right taken as
+    given: of the documents that were right before some stay right, of the others some become so,
+    two binomial rates per group, whose exact limits are combined by the squares of their distances
+    (MOVER, Zou & Donner 2008). A bootstrap has no width where no pair differs, and too little where
+    a few do; this has. Scores that are not 0/1 have no such limits: (inf, -inf).
+
+    groups: [n, 2] each, columns base and edited.
+    """
+    if not all(np.isin(g, (0, 1)).all() for g in groups):
+        return math.inf, -math.inf
+    below = above = mean = 0.0
+    for rows in groups:
+        mean += float(rows[:, 1].mean()) / len(groups)
+        for was in (0, 1):
+            now = rows[rows[:, 0] == was, 1]
+            if not len(now):
+                continue
+            rate = rate_interval(int(now.sum()), len(now), level, "exact")
+            weight = len(now) / len(rows)
+            below += (weight * (rate.value - rate.low)) ** 2
+            above += (weight * (rate.high - rate.value)) ** 2
+    count = len(groups)
+    return mean - math.sqrt(below) / count, mean + math.sqrt(above) / count
+
+
 def difference_interval(
     base: Sequence[float],
     edited: Sequence[float],
@@ -105,12 +131,14 @@ def difference_interval(
     draws: int = 4000,
     seed: int = 0,
 ) -> tuple[Interval, float]:
-    """Mean of edited - base over documents with a paired percentile bootstrap, and the bootstrap's
-    two-sided p value (twice the share of draws on the far side of 0, never below 1 / (draws +
-    1))."""
+    """Mean of edited - base over documents with a paired percentile bootstrap (for 0/1 scores never
+    narrower than `_given_the_base`), and the bootstrap's two-sided p value (twice the share of
+    draws on the far side of 0, never below 1 / (draws + 1))."""
     a, b = _paired(base, edited)
     means = _resampled_means([(b - a)[:, None]], draws, seed)[:, 0]
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    least, most = _given_the_base([np.stack((a, b), axis=1)], level)
+    low, high = min(low, least - a.mean()), max(high, most - a.mean())
     beyond = min((means <= 0).sum(), (means >= 0).sum())
     p = min(1.0, 2 * (beyond + 1) / (draws + 1))
     return Interval(float((b - a).mean()), float(low), float(high), level), float(p)
@@ -128,9 +156,9 @@ def share_interval(
     bootstrap inside groups.
 
     base, edited: one list of scores per group, documents in the same order. None where the base's
-    mean is 0: a share of nothing is not a number. Where no edited document scores, resampling has
-    no width: the upper end is then the exact (Clopper-Pearson) bound of the edited rate over the
-    base's mean.
+    mean is 0: a share of nothing is not a number. For 0/1 scores the interval is never narrower
+    than that of the edited rate given what the base got right (`_given_the_base`), over the base's
+    mean: where hardly a pair differs, resampling says too little.
     """
     if len(base) != len(edited) or not base:
         raise ValueError(
@@ -144,9 +172,8 @@ def share_interval(
     means = _resampled_means(groups, draws, seed)
     shares = means[means[:, 0] > 0]
     low, high = np.quantile(shares[:, 1] / shares[:, 0], [(1 - level) / 2, (1 + level) / 2])
-    if after == 0:
-        n = sum(len(g) for g in groups)
-        high = max(high, rate_interval(0, n, level, "exact").high / before)
+    least, most = _given_the_base(groups, level)
+    low, high = min(low, max(0.0, least) / before), max(high, most / before)
     return Interval(float(after / before), float(low), float(high), level)
 
 

@@ -92,7 +92,44 @@ def test_share_interval_covers_the_truth():
 def test_share_is_of_the_means_over_groups_not_over_documents():
     base, edited = [[1] * 10, [1] * 1000], [[0] * 10, [1] * 1000]
     interval = share_interval(base, edited)
-    assert (interval.low, interval.value, interval.high) == pytest.approx((0.5, 0.5, 0.5))
+    assert interval.value == 0.5
+    # ten documents allow much, a thousand little: exact limits, distances combined by their squares
+    up, down = beta.ppf(0.975, 1, 10), 1 - beta.ppf(0.025, 1000, 1)
+    assert interval.high == pytest.approx(0.5 + up / 2)
+    assert interval.low == pytest.approx(0.5 - down / 2)
+
+
+@pytest.mark.parametrize(
+    ("n", "groups", "base_rate", "stays", "comes"),
+    [
+        (100, 1, 1.0, 0.99, 0.0),
+        (216, 1, 1.0, 0.995, 0.0),
+        (216, 1, 1.0, 0.005, 0.0),
+        (216, 1, 1.0, 0.02, 0.0),
+        (100, 4, 0.97, 0.99, 0.3),
+    ],
+)
+def test_share_interval_covers_the_truth_where_hardly_a_pair_differs(
+    n, groups, base_rate, stays, comes
+):
+    """A bootstrap alone covers .65 of the time there, and has no width where no pair differs."""
+    rng = np.random.default_rng(2)
+    truth, covered = stays + (1 - base_rate) * comes / base_rate, 0
+    for seed in range(100):
+        base = [rng.random(n) < base_rate for _ in range(groups)]
+        edited = [np.where(b, rng.random(n) < stays, rng.random(n) < comes) for b in base]
+        interval = share_interval(base, edited, draws=200, seed=seed)
+        covered += interval.low <= truth <= interval.high
+    assert covered >= 93
+
+
+def test_one_hit_says_no_more_than_none():
+    none = share_interval([[1] * 216], [[0] * 216])
+    one = share_interval([[1] * 216], [[1] + [0] * 215])
+    assert one.high == pytest.approx(beta.ppf(0.975, 2, 215))
+    assert one.high > none.high
+    same, _ = difference_interval([1] * 50, [1] * 50)
+    assert (same.low, same.high) == pytest.approx((beta.ppf(0.025, 50, 1) - 1, 0.0))
 
 
 def test_a_share_of_nothing_is_none_and_a_share_of_zero_has_an_upper_end():
