@@ -9,6 +9,7 @@ the kept text is well above that of one which already failed on it is left out u
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -155,10 +156,14 @@ def miss(goals: Goals, outcome: Outcome) -> float:
     return total
 
 
+WORST = 3.0
+"""More than a candidate that meets all goals can score: recall 1, half of as much, .3 of 2, .1."""
+
+
 def objective(goals: Goals, outcome: Outcome) -> float:
     """What is minimized: missed goals first, then, among what meets them, recall (whole, and half
-    as much what lacks one token), parameters and what was lost beside it. A goal that is missed by
-    a hair costs as much as a tenth of the recall.
+    as much what lacks one token), parameters and what was lost beside it. A candidate that misses a
+    goal by a hair comes after every one that meets all.
     """
     missed = miss(goals, outcome)
     rest = (
@@ -168,7 +173,7 @@ def objective(goals: Goals, outcome: Outcome) -> float:
     )
     if goals.shrink is None:
         rest += 0.1 * outcome.parameters
-    return (0.1 + 10 * missed if missed > 0 else 0.0) + rest
+    return (WORST + 10 * missed if missed > 0 else 0.0) + rest
 
 
 def hopeless(
@@ -199,11 +204,23 @@ def _suggest(trial: optuna.Trial, space: Mapping[str, Axis]) -> Settings:
     }
 
 
-def _candidate(trial: optuna.trial.FrozenTrial) -> Candidate:
+def whole_lines(journal: Path) -> None:
+    """Cut off the last line of a journal where it has no end: what a killed process, or a full
+    disk, left of it. Optuna would refuse the file ever after."""
+    if not journal.exists():
+        return
+    text = journal.read_bytes()
+    whole = text.rfind(b"\n") + 1
+    if whole < len(text):
+        os.truncate(journal, whole)
+
+
+def _candidate(number: int, trial: optuna.trial.FrozenTrial) -> Candidate:
+    """number: its place among those that were finished; a killed process leaves others between."""
     saved = trial.user_attrs
     outcome = saved.get("outcome")
     return Candidate(
-        trial.number,
+        number,
         saved.get("settings", dict(trial.params)),
         saved.get("predicted"),
         None if outcome is None else Outcome(**outcome),
@@ -249,6 +266,7 @@ def search(
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     journal = Path(journal)
     journal.parent.mkdir(parents=True, exist_ok=True)
+    whole_lines(journal)
     mark = fingerprint(
         goals=goals,
         space={k: asdict(v) for k, v in space.items()},
@@ -270,7 +288,8 @@ def search(
 
     def finished() -> list[Candidate]:
         states = (TrialState.COMPLETE, TrialState.PRUNED)
-        return [_candidate(t) for t in study.get_trials(deepcopy=False, states=states)]
+        trials = study.get_trials(deepcopy=False, states=states)
+        return [_candidate(number, trial) for number, trial in enumerate(trials)]
 
     done = finished()
     while sum(c.outcome is not None for c in done) < evaluations and len(done) < 4 * evaluations:
@@ -279,7 +298,8 @@ def search(
         study.sampler = optuna.samplers.TPESampler(
             seed=seed * 10_007 + len(done), n_startup_trials=max(4, len(start)), multivariate=True
         )
-        if len(done) < len(start):
+        waiting = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+        if len(done) < len(start) and not waiting:
             study.enqueue_trial(dict(start[len(done)]))
         trial = study.ask()
         settings = _suggest(trial, space)
@@ -300,7 +320,7 @@ def search(
             value = objective(goals, outcome)
             if not math.isfinite(value):
                 raise ValueError(
-                    f"candidate {trial.number} has figures that are not finite: {outcome}"
+                    f"candidate {len(done)} has figures that are not finite: {outcome}"
                 )
             study.tell(trial, value)
         done = finished()

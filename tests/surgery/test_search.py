@@ -54,6 +54,36 @@ def test_an_interrupted_search_gives_the_same_candidates(tmp_path):
     assert len(calls) == 105
 
 
+def test_a_journal_cut_short_goes_on_with_the_same_candidates(tmp_path):
+    """Killed in the middle of a line, and between the first start and its evaluation."""
+    start = [{"strength": 0.01, "eps": 0.3}, {"strength": 0.1, "eps": 0.1}]
+    goals, path = Goals(keep_reasoning=0.97), tmp_path / "j.log"
+    whole = run(tmp_path, goals, evaluations=6, start=start)
+    text = path.read_bytes()
+    lines = text.splitlines(keepends=True)
+    for left in (text[:-20], b"".join(lines[:2]), b"".join(lines[:2]) + lines[2][:9], lines[0]):
+        path.write_bytes(left)
+        again = run(tmp_path, goals, evaluations=6, start=start)
+        assert [c.settings for c in again.candidates] == [c.settings for c in whole.candidates]
+        assert [c.number for c in again.candidates] == list(range(6))
+
+
+def test_what_meets_the_goals_comes_before_what_misses_one_by_a_hair(tmp_path):
+    """A candidate that recites nothing and keeps .969 of .97 is not the answer where another keeps
+    what was asked for."""
+    found = {0.1: Outcome(0.3, 0.975, 1.0, nearly=0.4), 0.9: Outcome(0.0, 0.969, 1.0)}
+    result = search(
+        Goals(keep_reasoning=0.97),
+        {"strength": Axis(0.05, 1.0)},
+        lambda settings: found[settings["strength"]],
+        evaluations=2,
+        journal=tmp_path / "j.log",
+        start=[{"strength": 0.9}, {"strength": 0.1}],
+    )
+    assert result.met
+    assert result.chosen.settings == {"strength": 0.1}
+
+
 def test_a_finished_search_evaluates_nothing_again(tmp_path):
     first = run(tmp_path, Goals(forget=0.1), evaluations=5)
 
