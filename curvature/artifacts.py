@@ -157,7 +157,11 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
 
 def write_json(path: str | Path, value: Any) -> None:
     """Save plain data (and dataclasses of it) as indented JSON, atomically."""
-    text = json.dumps(value, indent=1, default=_plain) + "\n"
+    write_text(path, json.dumps(value, indent=1, default=_plain) + "\n")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Save text, atomically."""
 
     def fill(temporary: str) -> None:
         Path(temporary).write_text(text, encoding="utf-8")

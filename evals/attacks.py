@@ -17,11 +17,12 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 
 from curvature.descent import fine_tune
 from curvature.populations import Population
 from curvature.processes import same_weights, shared_out
-from evals.evalset import Item
+from evals.evalset import Item, joined_texts, stands_in
 from evals.generation import generate
 from evals.memorization import Recitation, encode_pair, recite
 
@@ -100,11 +101,11 @@ def relearn(
     """
     if steps < 1 or every < 1:
         raise ValueError(f"relearning needs at least one step: got steps={steps}, every={every}")
-    texts = {d.text.strip(" .") for d in shown.documents}
+    texts = joined_texts(shown)
     for name, pairs in groups.items():
         if not pairs:
             raise ValueError(f"relearning: group {name!r} has no items to score")
-        if any((p + t).strip(" .") in texts for p, t in pairs):
+        if any(stands_in(texts, p + t) for p, t in pairs):
             raise ValueError(
                 f"relearning: group {name!r} holds items that the attack trains on: split first"
             )
@@ -130,13 +131,9 @@ def relearn(
             marks.append(step)
             hits.append(np.array([r.strict for r in scores]))
 
-        taken = 0
-
-        def before_step() -> None:
-            nonlocal taken
-            if taken % every == 0:
-                score(taken)
-            taken += 1
+        def look(step: int) -> None:
+            if step % every == 0:
+                score(step)
 
         note = ""
         try:
@@ -150,7 +147,7 @@ def relearn(
                 width=width,
                 seed=seed,
                 schedule="constant",
-                project=before_step,
+                watch=look,
                 progress=progress,
             )
             score(steps)
@@ -183,25 +180,42 @@ def relearn(
     return [curve for curves in by_rate for curve in curves]
 
 
+def _linear_weights(model: PreTrainedModel) -> list[torch.Tensor]:
+    """Views [d_out, d_in] of the weights of all linear layers, the output head aside."""
+    head = model.get_output_embeddings()
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
+    # GPT-2's layers hold the transpose
+    return [m.weight.T if isinstance(m, Conv1D) else m.weight for m in layers]
+
+
+def _has_fused_experts(model: nn.Module) -> bool:
+    """Whether experts' matrices lie in one tensor [experts, ., .], whose layout differs between
+    architectures."""
+    convolution = nn.modules.conv._ConvNd
+    modules = [m for m in model.modules() if not isinstance(m, convolution)]
+    return any(p.ndim == 3 for m in modules for p in m.parameters(recurse=False))
+
+
 @torch.no_grad()
 def round_to_nearest(model: PreTrainedModel, bits: int, block: int = 64) -> PreTrainedModel:
     """A copy whose linear weights (the output head aside) are rounded to `bits`: symmetric, one
     scale per row and `block` inputs, scale = max|w| / (2^(bits-1) - 1). The weights stay in their
-    dtype: what is tested is the lost precision."""
+    dtype: what is tested is the lost precision. Fused experts are left as they are. Raises
+    ValueError where there is nothing to round."""
     if not 2 <= bits <= 8:
         raise ValueError(f"round-to-nearest knows 2 to 8 bits, not {bits}")
     rounded = copy.deepcopy(model)
-    head = rounded.get_output_embeddings()
+    weights = _linear_weights(rounded)
+    if not weights:
+        raise ValueError(f"{type(model).__name__} has no linear layer that could be rounded")
     top = 2 ** (bits - 1) - 1
-    for module in rounded.modules():
-        if isinstance(module, nn.Linear) and module is not head:
-            weight = module.weight
-            for start in range(0, weight.shape[1], block):
-                part = weight[:, start : start + block].float()
-                scale = (part.abs().amax(1, keepdim=True) / top).clamp_min(
-                    torch.finfo(torch.float32).tiny
-                )
-                weight[:, start : start + block] = ((part / scale).round() * scale).to(weight.dtype)
+    for weight in weights:
+        for start in range(0, weight.shape[1], block):
+            part = weight[:, start : start + block].float()
+            scale = (part.abs().amax(1, keepdim=True) / top).clamp_min(
+                torch.finfo(torch.float32).tiny
+            )
+            weight[:, start : start + block] = ((part / scale).round() * scale).to(weight.dtype)
     return rounded
 
 
@@ -299,7 +313,8 @@ def robustness(
     log-probability l at least once with probability 1 - (1 - exp(l))^k, and the mean of that is
     the expected share (`sampled_hits` draws, for other temperatures). neighbours: family -> whole
     texts of its kind for few-shot prompts, with `delimiter` between them; an item whose family has
-    none is prompted with those of all. A model whose logits are not finite gives None with a note.
+    none is prompted with those of all. A model whose logits are not finite gives None with a note,
+    and so does rounding where no weight can be rounded.
     """
     context = getattr(model.config, "max_position_embeddings", None)
     items = [item for members in groups.values() for item in members]
@@ -320,9 +335,12 @@ def robustness(
 
     plain, why = scores(model, asked, start)
     attacks: list[tuple[str, list[float] | None, str]] = []
+    partly = "fused experts were not rounded" if _has_fused_experts(model) else ""
     for width in bits:
-        found, note = scores(round_to_nearest(model, width), asked)
-        attacks.append((f"rounded to {width} bits", strict(found), note))
+        found, note = None, "not available: the model has no linear layer that could be rounded"
+        if _linear_weights(model):
+            found, note = scores(round_to_nearest(model, width), asked)
+        attacks.append((f"rounded to {width} bits", strict(found), note or partly))
     for k in tries:
         drawn = None
         if plain is not None:

@@ -15,7 +15,7 @@ from curvature.populations import Document, Population, Role, load_population, s
 from evals.memorization import encode_pair
 
 SHORT, BORDER = "too short for prefix and suffix", "border inside a token"
-DUPLICATE = "given twice"
+DUPLICATE, NOT_HELD_OUT = "given twice", "stands in a text of the edit split"
 
 
 @dataclass(frozen=True)
@@ -170,6 +170,17 @@ def without_duplicates(items: Sequence[Item]) -> list[Item]:
     return list({(item.prompt, item.target): item for item in reversed(items)}.values())[::-1]
 
 
+def joined_texts(*populations: Population) -> str:
+    """All texts of these populations as one, for `stands_in`."""
+    return "\0".join(d.text for p in populations for d in p.documents)
+
+
+def stands_in(texts: str, text: str) -> bool:
+    """Whether one of the texts behind `texts` (`joined_texts`) contains `text`, but for spaces and
+    full stops at its ends."""
+    return text.strip(" .") in texts
+
+
 SHARES = {"edit": 0.4, "tune": 0.2, "test": 0.4}
 """Shares of a user's own text by split; the split of a document depends on its text and the seed
 alone."""
@@ -191,8 +202,9 @@ def material_from_files(
     populations), split by document.
 
     Rows of `reasoning` with a prompt and an answer become problems (exact answers); plain text is
-    judged by its share of right tokens. Raises ValueError on what cannot be read or split, before
-    any model runs.
+    judged by its share of right tokens. A memory that stands in a text of the edit split is not
+    held out, and left out. Raises ValueError on what cannot be read or split, before any model
+    runs.
     """
     given: dict[Role, str | Population] = {
         "memorized": memorized,
@@ -212,11 +224,22 @@ def material_from_files(
                 "give the two kinds in two files"
             )
 
+    edit = {role: replace(part["edit"], name=role) for role, part in parts.items()}
+    shown = joined_texts(*edit.values())
+
     def evalset(split: Literal["tune", "test"]) -> EvalSet:
         given, left_out = windows(
             parts["memorized"][split], tokenizer, prefix_tokens, suffix_tokens
         )
-        items = without_duplicates(given)
+        distinct = without_duplicates(given)
+        items = [i for i in distinct if not stands_in(shown, i.prompt + i.target)]
+        if not items:
+            raise ValueError(
+                f"{loaded['memorized'].source}: all {len(distinct)} memories of the {split} split "
+                "stand in texts of the edit split, which the edit, its healing or an attack trains "
+                "on, so that none is held out: give texts that do not begin alike, and reasoning "
+                "and reference text without them"
+            )
         documents = parts["reasoning"][split].documents
         asked = [d for d in documents if splits_between(tokenizer, *as_asked(d))]
         if not asked:
@@ -225,7 +248,8 @@ def material_from_files(
                 "a token: begin the answers with a space or a line break"
             )
         reasons = {f"memorized, {why}": n for why, n in left_out.items()}
-        reasons[f"memorized, {DUPLICATE}"] = len(given) - len(items)
+        reasons[f"memorized, {DUPLICATE}"] = len(given) - len(distinct)
+        reasons[f"memorized, {NOT_HELD_OUT}"] = len(distinct) - len(items)
         reasons[f"reasoning, {BORDER}"] = len(documents) - len(asked)
         if split == "test":
             reasons |= {
@@ -241,7 +265,6 @@ def material_from_files(
             left_out={why: n for why, n in reasons.items() if n},
         )
 
-    edit = {role: replace(part["edit"], name=role) for role, part in parts.items()}
     keep = [edit["reasoning"]] + ([edit["reference"]] if reference != reasoning else [])
     healing = tuple(d for population in keep for d in population.documents)
     return Material(

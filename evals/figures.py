@@ -24,6 +24,7 @@ from matplotlib.colors import SymLogNorm
 from matplotlib.figure import Figure
 
 from evals.comparison import rate_interval
+from evals.reasoning import unit_of
 from evals.verdict import percent
 
 BASE, EDITED = "#0072B2", "#D55E00"
@@ -153,6 +154,13 @@ def recall_by_exposure(table: Mapping[str, Any]) -> Figure:
     return figure
 
 
+def unit_of_task(task: Mapping[str, Any]) -> str:
+    """What the score of a task counts; empty for a share of right answers. Results of an earlier
+    version name no metric."""
+    guess = "acc" if max(task["base"], task["edited"]) <= 1 else "score"
+    return unit_of(task.get("metric", guess))
+
+
 def reasoning_per_task(tasks: Sequence[Mapping[str, Any]]) -> Figure:
     """Accuracy per task before and after; a star marks a difference that holds after Holm's
     adjustment (p < 0.05)."""
@@ -185,7 +193,8 @@ def reasoning_per_task(tasks: Sequence[Mapping[str, Any]]) -> Figure:
 def curvature_spectra(spectra: Mapping[str, Mapping[str, Any]]) -> Figure:
     """Eigenvalues of the Kronecker factors of each target, largest first, over their sum (log
     scale): a steep curve means that few directions bend the loss. `spectra`: target -> {"A": [...],
-    "G": [...]}."""
+    "G": [...], "A_total": sum, "G_total": sum}, where a list may be an even sample; without the
+    sums, which an earlier version did not store, over the sum of what is drawn."""
     figure = Figure(figsize=(6.6, 2.9), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     names = list(spectra)
@@ -195,7 +204,7 @@ def curvature_spectra(spectra: Mapping[str, Mapping[str, Any]]) -> Figure:
     for axes, factor, title in zip(panels, ("A", "G"), ("inputs (A)", "output gradients (G)")):
         for k, name in enumerate(names):
             values = [max(float(v), 0.0) for v in spectra[name][factor]]
-            total = sum(values) or 1.0
+            total = spectra[name].get(f"{factor}_total", sum(values)) or 1.0
             kept = [v / total for v in values if v > 1e-12 * total]
             label = _short(name) if k in (0, len(names) - 1) or len(names) <= 6 else None
             axes.semilogy(
@@ -207,7 +216,8 @@ def curvature_spectra(spectra: Mapping[str, Mapping[str, Any]]) -> Figure:
             )
         axes.set_title(title)
         axes.set_xlabel("share of directions, sharpest first")
-    panels[0].set_ylabel("share of the curvature")
+    whole = all("A_total" in record and "G_total" in record for record in spectra.values())
+    panels[0].set_ylabel("share of the curvature" if whole else "share of the eigenvalues drawn")
     panels[1].legend(title=f"{len(names)} targets", title_fontsize=8)
     return figure
 
@@ -694,17 +704,18 @@ def draw_all(results: Mapping[str, Any]) -> list[Drawing]:
             recall_by_exposure,
             table,
         )
-    if judgement.get("tasks"):
+    # a perplexity has no place on a scale of solved problems: it stands in the table
+    solved = [t for t in judgement.get("tasks") or () if not unit_of_task(t)]
+    if solved:
         words = "; ".join(
-            f"{t['task']} {percent(t['base'])} to {percent(t['edited'])}"
-            for t in judgement["tasks"]
+            f"{t['task']} {percent(t['base'])} to {percent(t['edited'])}" for t in solved
         )
         add(
             "reasoning",
             "Each task before and after",
             f"Accuracy. {words}.",
             reasoning_per_task,
-            judgement["tasks"],
+            solved,
         )
     curves = [c for c in results.get("attacks") or () if c["recall"]]
     if curves:

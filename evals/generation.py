@@ -3,14 +3,28 @@ generation settings are."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from curvature.forward import device_of
 from curvature.memory import RowsAtOnce
 from curvature.processes import shared_out
 from curvature.progress import bar
+
+
+@contextmanager
+def _plain_settings(model: PreTrainedModel) -> Iterator[None]:
+    """No generation settings of the model's own inside, the model's afterwards: transformers fills
+    whatever a given configuration leaves open from them (end tokens, penalties)."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 @torch.no_grad()
@@ -31,8 +45,9 @@ def generate(
 
     prompts: text (tokenized as the tokenizer does by default) or token ids. new_tokens: at most so
     many per prompt, one number or one per prompt. temperature 0 is greedy; above 0 the plain
-    softmax at that temperature is sampled (no top-k, no top-p). stop: end at the end-of-text token,
-    which is left out of the result. The caller's random state is left as it was.
+    softmax at that temperature is sampled (no top-k, no top-p). stop: end at the tokenizer's
+    end-of-text token, which is left out of the result; without it nothing ends a continuation
+    before `new_tokens`. The caller's random state is left as it was.
 
     Raises ValueError for a prompt without tokens and for a prompt and continuation longer than the
     model's context.
@@ -57,7 +72,7 @@ def generate(
     order = sorted(range(len(encoded)), key=lambda k: (-len(encoded[k]), -lengths[k]))
     groups = [order[k : k + batch_size] for k in range(0, len(order), batch_size)]
     at_once = RowsAtOnce("generation", "judge_batch_size", batch_size)
-    was_training = model.training
+    device, was_training = device_of(model), model.training
     model.eval()
 
     def write(group: Sequence[int]) -> dict[int, list[list[int]]]:
@@ -76,8 +91,8 @@ def generate(
             **sampling,  # type: ignore[arg-type]
         )
         produced = model.generate(  # type: ignore[operator]
-            ids.to(model.device),
-            attention_mask=mask.to(model.device),
+            ids.to(device),
+            attention_mask=mask.to(device),
             generation_config=settings,
         )
         for row, tokens in enumerate(produced[:, width:].tolist()):
@@ -96,8 +111,8 @@ def generate(
         return {k: tries_ for part in parts for k, tries_ in part.items()}
 
     # one forked state for both devices: sampling must neither see nor move the caller's generator
-    devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), _plain_settings(model):
         torch.manual_seed(seed)
         # draws follow one another, so sampled text is not shared out over processes
         done = [one(group) for group in groups] if temperature > 0 else shared_out(groups, one)

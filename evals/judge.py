@@ -84,16 +84,17 @@ class Judgement:
         return mine if all(r.known for r in mine) else []
 
     def reasoning(self, evalset: EvalSet) -> float | None:
-        """Mean over the tasks that are not set aside."""
-        values = [t.value for t in self.tasks if t.task not in evalset.aside]
-        known = [v for v in values if v is not None]
-        return _mean(known) if len(known) == len(values) else None
+        """Mean over the tasks that are not set aside; None where one has no value."""
+        return self._mean_of_tasks(evalset, aside=False)
 
     def aside(self, evalset: EvalSet) -> float | None:
-        """Mean over the tasks that are set aside (arithmetic)."""
-        return _mean(
-            [t.value for t in self.tasks if t.task in evalset.aside and t.value is not None]
-        )
+        """The same over the tasks that are set aside (arithmetic)."""
+        return self._mean_of_tasks(evalset, aside=True)
+
+    def _mean_of_tasks(self, evalset: EvalSet, aside: bool) -> float | None:
+        values = [t.value for t in self.tasks if (t.task in evalset.aside) == aside]
+        known = [v for v in values if v is not None]
+        return _mean(known) if len(known) == len(values) else None
 
     def knowledge(self, listed: bool) -> float | None:
         """Strict accuracy on general knowledge inside (listed) or outside the keep population."""
@@ -127,7 +128,7 @@ class Judgement:
             k: tuple(Recitation(**r) for r in record[k]) for k in ("memories", "listed", "unlisted")
         }
         forms = tuple(
-            Form(f["family"], f["form"], tuple(f["items"]), tuple(f["hits"]))
+            Form(f["family"], f["form"], tuple(f["items"]), tuple(f["hits"]), tuple(f["options"]))
             for f in record["forms"]
         )
         tasks, benchmarks = results(record["tasks"]), results(record["benchmarks"])

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from curvature.forward import device_of
 from curvature.memory import RowsAtOnce, rows_in_cache
 from curvature.populations import Population
 from curvature.processes import shared_out
@@ -85,7 +86,7 @@ def read_language(
         raise ValueError(
             f"population {population.name!r} has no document of two tokens or more to score"
         )
-    device = next(model.parameters()).device
+    device = device_of(model)
     n = len(population.documents)
     nll, kl, tokens = np.zeros(n), np.zeros(n), np.zeros(n, dtype=int)
     modes = [(m, m.training) for m in (model, base) if m is not None]
@@ -244,7 +245,7 @@ def _nats(
     model: nn.Module, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], batch_size: int = 64
 ) -> list[float]:
     """Mean nats per token of each continuation after its prefix."""
-    device = next(model.parameters()).device
+    device = device_of(model)
     out = [0.0] * len(pairs)
     order = sorted(range(len(pairs)), key=lambda k: -len(pairs[k][0]) - len(pairs[k][1]))
     at_once = RowsAtOnce("reading of samples", "judge_batch_size", batch_size)

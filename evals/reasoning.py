@@ -26,6 +26,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from curvature.forward import device_of
 from curvature.memory import RowsAtOnce
 from curvature.populations import Document
 from curvature.processes import shared_out
@@ -51,6 +52,17 @@ PRESETS: dict[str, tuple[str, ...]] = {
 
 ACCURACIES = ("acc", "exact_match", "em", "exact", "f1", "acc_norm")
 """The metric that is reported where a task lists several: the first of these, else its first."""
+NATS = {
+    "word_perplexity": "nats per word",
+    "byte_perplexity": "nats per byte",
+    "bits_per_byte": "nats per byte",
+}
+"""Metrics of the whole set whose documents are scored by their log-likelihood per unit."""
+
+
+def unit_of(metric: str) -> str:
+    """What a score of this metric counts; empty for a share of right answers, in [0, 1]."""
+    return "" if metric in (*ACCURACIES, "right tokens") else NATS.get(metric, metric)
 
 
 @dataclass(frozen=True)
@@ -124,6 +136,11 @@ def _quiet_hflm() -> Any:
         # lm-eval would split its documents by rank and answer on the first process only
         rank = 0
         world_size = 1
+
+        @property
+        def device(self) -> Any:
+            # its own is the first parameter's, which an offloaded model keeps on none
+            return device_of(self.model)
 
         def _loglikelihood_tokens(
             self, requests: Any, disable_tqdm: bool = True, override_bs: int | None = None
@@ -331,12 +348,16 @@ def evaluate_benchmarks(
     return out
 
 
-def _scalar(value: Any) -> float:
+def _scalar(metric: str, value: Any) -> float:
     """A sample's metric as a number; rolling perplexities report (log-likelihood, units): nats per
-    unit."""
-    if isinstance(value, tuple | list):
-        return -float(value[0]) / float(value[1])
-    return float(value)
+    unit. Raises TypeError for what is no number (the parts of a correlation or an F1 over the whole
+    set) and ValueError for a document without units."""
+    if metric not in NATS:
+        return float(value)
+    nats, units = value
+    if not units:
+        raise ValueError(f"a document has no {NATS[metric].split()[-1]} to share its nats over")
+    return -float(nats) / float(units)
 
 
 def _logprob(sample: Mapping[str, Any]) -> float | None:
@@ -363,7 +384,7 @@ def _result(task: str, name: str, output: Mapping[str, Any], duplicates: int) ->
     samples = []
     try:
         for sample in sorted((s for s in raw if s["filter"] == chosen), key=lambda s: s["doc_id"]):
-            score, logprob = _scalar(sample[metric]), _logprob(sample)
+            score, logprob = _scalar(metric, sample[metric]), _logprob(sample)
             samples.append(Sample(sample["doc_id"], sample["doc_hash"], score, logprob))
     except (TypeError, ValueError):
         # some metrics exist over the whole set only: keep lm-eval's figure, without paired tests

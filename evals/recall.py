@@ -4,7 +4,8 @@ and membership."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -28,13 +29,15 @@ CHOICE, ANY = "multiple choice", "any of these"
 @dataclass(frozen=True)
 class Form:
     """One way of asking for the items of a family. items: their ids. hits: which were answered
-    right, None where an item's logits were not finite. ANY counts an item if any greedy form gets
-    it; multiple choice stands by itself, because one answer in CHOICES is right by chance."""
+    right, None where an item's logits were not finite. options: among how many values each item's
+    right one stood, for multiple choice (empty: CHOICES). ANY counts an item if any greedy form
+    gets it; multiple choice stands by itself, because guessing answers it, too."""
 
     family: str
     form: str
     items: tuple[str, ...]
     hits: tuple[bool | None, ...]
+    options: tuple[int, ...] = ()
 
     @property
     def rate(self) -> float | None:
@@ -43,17 +46,19 @@ class Form:
         return sum(known) / len(known) if len(known) == len(self.hits) else None
 
     @property
-    def chance(self) -> float:
-        """What guessing gets."""
-        return 1 / CHOICES if self.form == CHOICE else 0.0
+    def chances(self) -> list[float]:
+        """What guessing gets, per item."""
+        if self.form != CHOICE:
+            return [0.0] * len(self.items)
+        return [1 / n for n in self.options or [CHOICES] * len(self.items)]
 
 
 def _choice_prompts(
     items: Sequence[Item], tokenizer: PreTrainedTokenizerBase
 ) -> list[list[tuple[str, str]]]:
-    """Per item the plain prompt with CHOICES targets, the right one first; the others are other
-    items' values, spread evenly over the family so that the choice is the same in every run and
-    every arm. A value that does not begin at a border of tokens cannot be scored and is no
+    """Per item the plain prompt with at most CHOICES targets, the right one first; the others are
+    other items' values, spread evenly over the family so that the choice is the same in every run
+    and every arm. A value that does not begin at a border of tokens cannot be scored and is no
     choice."""
     values = list(dict.fromkeys(i.target for i in items))
     out = []
@@ -130,11 +135,14 @@ def ask_in_every_form(
         out += [form(name, hits) for name, hits in got.items()]
         out.append(form(ANY, {k: _any(got.values(), k) for k in range(len(members))}))
         if all(len(options) > 1 for options in choices):
-            out.append(form(CHOICE, _chosen(choices, scores[len(asked) :])))
+            counts = tuple(map(len, choices))
+            out.append(
+                replace(form(CHOICE, _chosen(choices, scores[len(asked) :])), options=counts)
+            )
     return out
 
 
-def _any(forms: Iterable[Mapping[int, bool | None]], k: int) -> bool | None:
+def _any(forms: Iterable[Mapping[Any, bool | None]], k: Any) -> bool | None:
     answers = [hits[k] for hits in forms if k in hits]
     return None if None in answers else any(answers)
 
@@ -219,36 +227,91 @@ def recall_by_family(
     return rows
 
 
+def common_forms(
+    base: Sequence[Form], edited: Sequence[Form]
+) -> tuple[list[tuple[Form, Form]], list[tuple[Form | None, Form | None]]]:
+    """The forms that both arms were asked in with the same items and options, and the others, with
+    None for the arm that has none. Two checkpoints may differ in context (few-shot prompts do not
+    fit) or tokenizer (values that cannot be scored).
+
+    Where a family has lost a greedy form, its ANY counts those that are left.
+    """
+
+    def by_name(forms: Sequence[Form]) -> dict[tuple[str, str], Form]:
+        return {(f.family, f.form): f for f in forms}
+
+    both: list[tuple[Form, Form]] = []
+    left: list[tuple[Form | None, Form | None]] = []
+    first, second = by_name(base), by_name(edited)
+    for name in dict.fromkeys([*first, *second]):
+        a, b = first.get(name), second.get(name)
+        if a is not None and b is not None and (a.items, a.options) == (b.items, b.options):
+            both.append((a, b))
+        else:
+            left.append((a, b))
+    fewer = {f.family for pair in left for f in pair if f is not None and f.form != CHOICE}
+
+    def counted(arm: list[Form]) -> list[Form]:
+        return [_of_these(f, arm) if f.family in fewer else f for f in arm]
+
+    ours, theirs = counted([a for a, _ in both]), counted([b for _, b in both])
+    return list(zip(ours, theirs, strict=True)), left
+
+
+def _of_these(form: Form, arm: Sequence[Form]) -> Form:
+    """ANY over the greedy forms in `arm`; another form as it is."""
+    if form.form != ANY:
+        return form
+    greedy = [f for f in arm if f.family == form.family and f.form not in (ANY, CHOICE)]
+    hits = [dict(zip(f.items, f.hits, strict=True)) for f in greedy]
+    return replace(form, hits=tuple(_any(hits, item) for item in form.items))
+
+
+def not_compared(base: Sequence[Form], edited: Sequence[Form]) -> str:
+    """Which forms only one arm was asked in, or not with the same items, in words; empty where
+    there are none."""
+    names = [f"{f.family} {f.form}" for a, b in common_forms(base, edited)[1] if (f := a or b)]
+    return f"not asked alike in both models: {', '.join(names)}" if names else ""
+
+
 def form_pairs(base: Form, edited: Form) -> tuple[list[float], list[float]] | None:
     """Scores of the two arms per item, chance taken off: (hit - chance) / (1 - chance). None where
     an item could not be scored. Raises ValueError where the arms were asked differently."""
-    if (base.family, base.form, base.items) != (edited.family, edited.form, edited.items):
+    if replace(base, hits=()) != replace(edited, hits=()):
         raise ValueError("the two arms were asked in different forms: ask both with the same items")
     if None in base.hits or None in edited.hits:
         return None
-    c = base.chance
-    before, after = ([(float(h or 0) - c) / (1 - c) for h in form.hits] for form in (base, edited))
+    before, after = (
+        [(float(h or 0) - c) / (1 - c) for h, c in zip(form.hits, form.chances, strict=True)]
+        for form in (base, edited)
+    )
     return before, after
 
 
 def forms_section(base: Sequence[Form], edited: Sequence[Form]) -> list[dict[str, object]]:
-    """Rows for `results.json`: {family, form, n, base, edited, share}; share is edited over base
-    with its interval, chance taken off, None where the base gets nothing. Raises ValueError where
-    the arms were asked differently."""
-    if [(f.family, f.form) for f in base] != [(f.family, f.form) for f in edited]:
-        raise ValueError("the two arms were asked in different forms: ask both with the same items")
+    """Rows for `results.json`: {family, form, n, base, edited, share, note}; share is edited over
+    base with its interval, chance taken off, None where the base gets nothing. Forms in which the
+    arms were not asked alike come last, without a share and with a note."""
+    both, left = common_forms(base, edited)
     rows: list[dict[str, object]] = []
-    for a, b in zip(base, edited):
+    for a, b in both:
         pairs = form_pairs(a, b)
         share = share_interval([pairs[0]], [pairs[1]]) if pairs and sum(pairs[0]) > 0 else None
-        rows.append(
-            {
-                "family": a.family,
-                "form": a.form,
-                "n": len(a.items),
-                "base": a.rate,
-                "edited": b.rate,
-                "share": None if share is None else asdict(share),
-            }
-        )
+        rows.append(_form_row(a, b, None if share is None else asdict(share), ""))
+    rows += [_form_row(a, b, None, "not asked alike in both models") for a, b in left]
     return rows
+
+
+def _form_row(
+    base: Form | None, edited: Form | None, share: dict[str, object] | None, note: str
+) -> dict[str, object]:
+    asked = [form for form in (base, edited) if form is not None]
+    return {
+        "family": asked[0].family,
+        "form": asked[0].form,
+        "n": len(asked[0].items),
+        "base": None if base is None else base.rate,
+        "edited": None if edited is None else edited.rate,
+        "share": share,
+        "note": note,
+    }

@@ -3,7 +3,6 @@ its run folder."""
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,8 +12,10 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from curvature.artifacts import write_text
 from evals.comparison import Interval
-from evals.figures import Drawing, draw_all, draw_teaching
+from evals.figures import Drawing, draw_all, draw_teaching, unit_of_task
+from evals.speed import Speed
 from evals.verdict import Verdict, answers, finite, percent, read_results
 
 
@@ -49,14 +50,15 @@ def _p(value: float | None) -> str:
 def task_table(judgement: Mapping[str, Any]) -> Table:
     rows = []
     for t in judgement["tasks"]:
-        d = t["difference"]
+        unit = unit_of_task(t)
+        by, low, high = (t["difference"][k] for k in ("value", "low", "high"))
+        points = f"{100 * by:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
         rows.append(
             (
-                t["task"],
+                f"{t['task']} ({unit.replace('_', ' ')})" if unit else t["task"],
                 str(t["n"]),
-                percent(t["base"]),
-                percent(t["edited"]),
-                f"{100 * d['value']:+.1f} [{100 * d['low']:+.1f}, {100 * d['high']:+.1f}]",
+                *(_number(t[arm]) if unit else percent(t[arm]) for arm in ("base", "edited")),
+                f"{by:+.3f} [{low:+.3f}, {high:+.3f}]" if unit else points,
                 str(t["lost"]),
                 str(t["gained"]),
                 _p(t["p"]),
@@ -69,7 +71,7 @@ def task_table(judgement: Mapping[str, Any]) -> Table:
     return Table(
         "Every task, base against edited",
         "The same documents in both arms. Difference in percentage points with a paired bootstrap "
-        "interval; p of the exact "
+        "interval (where a score is no share of right answers its unit is named); p of the exact "
         "McNemar test (paired bootstrap where scores are not 0/1), then after Holm's adjustment "
         "over all tasks; detectable: "
         "the smallest true difference, in points, that a test of this size finds with 80 % power.",
@@ -599,16 +601,24 @@ def forms_table(forms: Sequence[Mapping[str, Any]]) -> Table:
         return percent(None) if kept is None else percent(kept["value"], Interval(**kept))
 
     rows = tuple(
-        (f["family"], f["form"], str(f["n"]), percent(f["base"]), percent(f["edited"]), share(f))
+        (
+            f["family"],
+            f["form"],
+            str(f["n"]),
+            percent(f["base"]),
+            percent(f["edited"]),
+            share(f),
+            f.get("note", ""),
+        )
         for f in forms
     )
     return Table(
         "The same memories, asked in other ways",
         "Closed-book questions about well-exposed held-out items. `any of these` counts an item if "
-        "any greedy form gets it; one answer in four is right by chance in multiple choice, which "
-        "the share of the base takes off. The larger of these two shares is the verdict's worst "
-        "form.",
-        ("family", "form", "n", "base", "edited", "share of the base"),
+        "any greedy form gets it; in multiple choice guessing is right once in as many values as "
+        "are offered (four, or all of a family with fewer), which the share of the base takes off. "
+        "The larger of these two shares is the verdict's worst form.",
+        ("family", "form", "n", "base", "edited", "share of the base", "note"),
         rows,
     )
 
@@ -657,12 +667,6 @@ def _title(results: Mapping[str, Any]) -> str:
     return f"Lethe on {Path(str(model)).name}" + (": BROKEN" if broken else "")
 
 
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def markdown(results: Mapping[str, Any], drawings: Sequence[Drawing]) -> str:
     """The text of `report.md`."""
     cells = [
@@ -675,7 +679,7 @@ def markdown(results: Mapping[str, Any], drawings: Sequence[Drawing]) -> str:
         .render(
             title=_title(results),
             texts=results.get("texts") or [],
-            answers=answers(Verdict.from_json(results["verdict"])),
+            answers=answers(Verdict.from_json(results["verdict"]), _speed(results)),
             drawings=drawings,
             tables=cells,
             samples=results.get("samples") or [],
@@ -689,7 +693,12 @@ def _points(answer: str) -> list[str]:
     return [part[:1].upper() + part[1:].removesuffix(".") for part in parts]
 
 
-def _cards(verdict: Verdict) -> list[tuple[str, list[str], str, str]]:
+def _speed(results: Mapping[str, Any]) -> Speed | None:
+    """What was measured of the speed; None where it was not."""
+    return Speed(**results["speed"]) if results.get("speed") else None
+
+
+def _cards(verdict: Verdict, speed: Speed | None = None) -> list[tuple[str, list[str], str, str]]:
     """(question, statements, headline figure, what it is): the first screen."""
     figures = {
         "What was forgotten?": (percent(verdict.recall_share), "of the exact recall is left"),
@@ -702,7 +711,7 @@ def _cards(verdict: Verdict) -> list[tuple[str, list[str], str, str]]:
         "What was taught?": (percent(verdict.hallucination_after), "made-up answers"),
     }
     out = []
-    for question, answer in answers(verdict):
+    for question, answer in answers(verdict, speed):
         figure, of = figures[question]
         if figure == percent(None):
             figure, of = "?", "could not be had"
@@ -721,7 +730,7 @@ def html(results: Mapping[str, Any], drawings: Sequence[Drawing]) -> str:
             title=_title(results),
             texts=results.get("texts") or [],
             broken=verdict.notes.get("broken", "it collapsed") if verdict.broken else "",
-            cards=_cards(verdict),
+            cards=_cards(verdict, _speed(results)),
             drawings=drawings,
             tables=shown,
             # settings, hashes and the long list of numbers are there for who looks for them
@@ -758,11 +767,13 @@ def write_teaching(folder: str | Path, name: str, teaching: Mapping[str, Any]) -
         for t in shown
     ]
     text = _environment(False).get_template("report.md.jinja")
-    _write(folder / "report.md", text.render(**about, tables=cells, answers=[(question, told)]))
+    write_text(folder / "report.md", text.render(**about, tables=cells, answers=[(question, told)]))
     page = _environment(True).get_template("report.html.jinja")
     cards = [(question, [told], headline, "made-up answers")]
     file = folder / "report.html"
-    _write(file, page.render(**about, tables=shown, cards=cards, broken="", open_tables=len(shown)))
+    write_text(
+        file, page.render(**about, tables=shown, cards=cards, broken="", open_tables=len(shown))
+    )
     return file
 
 
@@ -780,7 +791,7 @@ def write_report(folder: str | Path, results: Mapping[str, Any] | None = None) -
     drawings = draw_all(record)
     for drawing in drawings:
         drawing.save(folder / "figures")
-    _write(folder / "report.md", markdown(record, drawings))
-    _write(folder / "report.html", html(record, drawings))
+    write_text(folder / "report.md", markdown(record, drawings))
+    write_text(folder / "report.html", html(record, drawings))
     figures = [folder / "figures" / f"{d.name}.svg" for d in drawings]
     return [folder / "report.html", folder / "report.md", *figures]

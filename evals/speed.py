@@ -13,6 +13,7 @@ from huggingface_hub import try_to_load_from_cache
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, PreTrainedModel
 
+from curvature.forward import device_of
 from curvature.targets import count_parameters
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".gguf")
@@ -81,23 +82,23 @@ def _wait(device: torch.device) -> None:
 
 
 def _prefill(model: PreTrainedModel, ids: torch.Tensor) -> float:
-    _wait(model.device)
+    _wait(ids.device)
     start = time.perf_counter()
     model(input_ids=ids, use_cache=False)
-    _wait(model.device)
+    _wait(ids.device)
     return ids.numel() / (time.perf_counter() - start)
 
 
 def _decode(model: PreTrainedModel, ids: torch.Tensor, new_tokens: int) -> float:
     cache = DynamicCache(config=model.config)
     token = model(input_ids=ids, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
-    _wait(model.device)
+    _wait(ids.device)
     start = time.perf_counter()
     for _ in range(new_tokens):
         token = (
             model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
         )
-    _wait(model.device)
+    _wait(ids.device)
     return new_tokens / (time.perf_counter() - start)
 
 
@@ -132,7 +133,9 @@ def compare_speed(
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(vocabulary, (batch_size, prompt_tokens), generator=generator)
     modes = [(m, m.training) for m in (base, edited)]
-    arms = {name: (m.eval(), ids.to(m.device)) for name, m in (("base", base), ("edited", edited))}
+    arms = {
+        name: (m.eval(), ids.to(device_of(m))) for name, m in (("base", base), ("edited", edited))
+    }
     decode: dict[str, list[float]] = {"base": [], "edited": []}
     prefill: dict[str, list[float]] = {"base": [], "edited": []}
     for repeat in range(repeats + 1):
@@ -162,5 +165,5 @@ def compare_speed(
         new_tokens,
         batch_size,
         torch.get_num_threads(),
-        str(base.device),
+        str(device_of(base)),
     )

@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from curvature.artifacts import write_json
 from evals.attacks import UNRELATED, Curve
 from evals.comparison import (
     Interval,
@@ -25,7 +25,7 @@ from evals.evalset import EvalSet
 from evals.judge import Judgement, recall_by_exposure
 from evals.memorization import LOOSE
 from evals.reasoning import ACCURACIES
-from evals.recall import ANY, CHOICE, form_pairs, recall_by_family
+from evals.recall import ANY, CHOICE, common_forms, form_pairs, not_compared, recall_by_family
 from evals.speed import Speed
 
 SCHEMA = 1
@@ -164,11 +164,12 @@ def worst_form_share(
 ) -> tuple[Interval, str] | None:
     """Recall of the headline memories by whichever way of asking shows the most, other over base,
     and the name of that way: any greedy form of the question, or multiple choice with chance taken
-    off. None where no targeted memory has forms."""
+    off. Forms in which the two were not asked alike are left out (`not_compared`). None where no
+    targeted memory has forms."""
     targeted = {i.id for i in evalset.headline()}
     ways: dict[str, tuple[list[float], list[float]]] = {}
     for form in (ANY, CHOICE):
-        for a, b in zip(base.forms, other.forms, strict=True):
+        for a, b in common_forms(base.forms, other.forms)[0]:
             pairs = form_pairs(a, b)
             if a.form == form and targeted.issuperset(a.items) and pairs is not None:
                 before, after = ways.setdefault(form, ([], []))
@@ -298,13 +299,10 @@ def reach_verdict(
         else "the base recites none of the memories, loosely or not",
     )
     worst = worst_form_share(evalset, base, edited)
-    put(
-        "recall_share_worst_form",
-        worst and worst[0],
-        "no targeted memory can be asked in another form, or the base answers none",
-    )
-    if worst is not None:
-        reasons.setdefault("recall_share_worst_form", f"worst: {worst[1]}")
+    none = "no targeted memory can be asked in another form, or the base answers none"
+    said = [none if worst is None else f"worst: {worst[1]}", not_compared(base.forms, edited.forms)]
+    reasons.setdefault("recall_share_worst_form", "; ".join(filter(None, said)))
+    put("recall_share_worst_form", worst and worst[0], none)
     put(
         "recall_share_untargeted",
         recall_share(evalset, base, edited, targeted=False),
@@ -413,9 +411,9 @@ def percent(value: float | None, interval: Interval | None = None) -> str:
     )
 
 
-def answers(verdict: Verdict) -> list[tuple[str, str]]:
+def answers(verdict: Verdict, speed: Speed | None = None) -> list[tuple[str, str]]:
     """The four questions and their answers, one short paragraph each: the first screen and the last
-    lines of a run."""
+    lines of a run. speed: what is said beside the ratio of tokens one after the other."""
     v = verdict
     before, after = percent(v.recall_base), percent(v.recall_edited)
     recall = f"Recall of held-out memories is {{}} of the base ({before} before, {after} after)"
@@ -466,11 +464,17 @@ def answers(verdict: Verdict) -> list[tuple[str, str]]:
     smaller = (
         f"{percent(v.parameters_share)} of the parameters ({_count(v.parameters_base)} to "
         f"{_count(v.parameters_edited)}), {percent(v.bytes_share)} of the bytes on disk, "
-        f"{_ratio(v.tokens_per_second_ratio)} the tokens per second."
+        f"{_ratio(v.tokens_per_second_ratio)} the tokens per second"
     )
+    if speed is not None:
+        smaller += (
+            f" one after the other, {_ratio(speed.prefill_ratio)} in a batch at once; "
+            f"{percent(speed.flops_ratio)} of the operations for the same text"
+        )
+    smaller += "."
     rows = [
         f"{c.name}: recall {percent(c.recall_share)}, after relearning "
-        f"{percent(c.recall_share_after_relearning)}, reasoning {percent(c.reasoning_share)}, "
+        f"{percent(c.recall_share_after_relearning)}, reasoning {_healed(c)}, "
         f"parameters {percent(c.parameters_share)}"
         for c in v.controls
     ]
@@ -512,6 +516,12 @@ def _which(verdict: Verdict, name: str) -> str:
     """The note of a number that was had: which of several it is."""
     note = verdict.notes.get(name)
     return f" ({note})" if note and getattr(verdict, name) is not None else ""
+
+
+def _healed(control: Control) -> str:
+    """What a control keeps of reasoning, before healing and after."""
+    before, after = control.reasoning_share_before_healing, percent(control.reasoning_share)
+    return after if before is None else f"{percent(before)} before healing, {after} after"
 
 
 def _ratio(value: float | None) -> str:
@@ -581,6 +591,7 @@ def judgement_section(evalset: EvalSet, base: Judgement, edited: Judgement) -> d
         late[arm] = table
     tasks = {arm: (*j.tasks, *j.benchmarks) for arm, j in (("base", base), ("edited", edited))}
     comparisons, unavailable = compare(tasks["base"], tasks["edited"])
+    metrics = {t.task: t.metric for t in tasks["base"]}
     return {
         "recall_by_exposure": {
             arm: {
@@ -605,7 +616,7 @@ def judgement_section(evalset: EvalSet, base: Judgement, edited: Judgement) -> d
             name: None if share is None else asdict(share)
             for name, share in spectrum_of(evalset, base, edited).items()
         },
-        "tasks": [asdict(c) for c in comparisons],
+        "tasks": [{**asdict(c), "metric": metrics[c.task]} for c in comparisons],
         "unavailable": unavailable,
         "notes": {arm: j.notes for arm, j in (("base", base), ("edited", edited)) if j.notes},
         "left_out": evalset.left_out,
@@ -624,7 +635,7 @@ def write_results(
 ) -> dict[str, Any]:
     """Write `results.json` whole or not at all, and return the record: schema, recipe, provenance,
     verdict and one object per stage. Infinity and NaN inside stages become null: JSON has no word
-    for them."""
+    for them. Raises ValueError for what is no plain data."""
     record = {
         "schema": SCHEMA,
         "recipe": dict(recipe),
@@ -633,12 +644,7 @@ def write_results(
         **stages,
     }
     record = finite(record)
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(
-        json.dumps(record, indent=1, allow_nan=False, default=str) + "\n", encoding="utf-8"
-    )
-    os.replace(temporary, path)
+    write_json(path, record)
     return record
 
 

@@ -27,7 +27,6 @@ from itertools import pairwise
 
 from curvature.populations import Document
 
-LADDER = (0, 1, 4, 16, 64, 256)
 WELL_EXPOSED = 256
 """Items at this rung are the memories that the headline recall is taken over."""
 
@@ -251,9 +250,6 @@ TASKS: dict[str, Callable[[random.Random], Document]] = {
     "brackets": brackets,
     "arithmetic": arithmetic,
 }
-REASONING = tuple(name for name in TASKS if name != "arithmetic")
-"""The reasoning tasks proper; arithmetic is a class of its own because it behaves like memory in
-the literature."""
 
 
 def is_held_out(document: Document) -> bool:

@@ -135,6 +135,17 @@ def test_items_that_the_attack_trains_on_are_refused(tiny_llama, tokenizer, show
         relearn(tiny_llama, tokenizer, shown, {"a": []})
 
 
+def test_items_inside_a_longer_text_that_the_attack_trains_on_are_refused(tiny_llama, tokenizer):
+    text = "so it is said . the code of Baker is 1 2 . and the lamp is old ."
+    shown = Population("shown", "memorized", (Document("", "a b c"), Document("", text)))
+    with pytest.raises(ValueError, match="'a' holds items that the attack trains on"):
+        relearn(tiny_llama, tokenizer, shown, {"a": PAIRS[:1]}, steps=1, width=32)
+    # the end of one text and the beginning of the next are no text
+    halves = (Document("", "the code of Baker"), Document("", " is 1 2"))
+    apart = Population("shown", "memorized", halves)
+    relearn(tiny_llama, tokenizer, apart, {"a": PAIRS[:1]}, steps=1, width=32, batch_size=1)
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_rounding_gives_at_most_that_many_levels_per_block(tiny_llama, bits):
     before = deepcopy(tiny_llama.state_dict())
@@ -152,6 +163,54 @@ def test_rounding_gives_at_most_that_many_levels_per_block(tiny_llama, bits):
             assert torch.allclose((b / step).round() * step, b, atol=1e-6)
     assert torch.equal(rounded.lm_head.weight, tiny_llama.lm_head.weight)
     assert not torch.equal(old, new)
+
+
+def _gpt2(tokenizer):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    size = {"n_positions": 64, "n_embd": 16, "n_layer": 2, "n_head": 2}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **size)).eval()
+
+
+def test_layers_that_hold_the_transpose_are_rounded_along_their_inputs(tiny_llama, tokenizer):
+    """GPT-2's Conv1D: the same weights as in a linear layer round to the same ones."""
+    model = _gpt2(tokenizer)
+    layer = model.transformer.h[0].mlp.c_fc
+    linear = tiny_llama.model.layers[0].mlp.down_proj
+    with torch.no_grad():
+        layer.weight[:, :16] = linear.weight.T[:16]
+    here = round_to_nearest(model, 3, block=8).transformer.h[0].mlp.c_fc.weight
+    there = round_to_nearest(tiny_llama, 3, block=8).model.layers[0].mlp.down_proj.weight
+    assert not torch.equal(here[:, :16], layer.weight[:, :16])
+    assert torch.equal(here[:, :16], there.T[:16])
+
+
+def test_what_cannot_be_rounded_is_not_called_safe(tiny_llama, tokenizer):
+    """A model without linear layers gets no figure and a reason, one with fused experts a figure
+    and a reservation."""
+    model = _gpt2(tokenizer)
+    for block in model.transformer.h:
+        block.attn = block.mlp = Through()
+    rows = robustness(model, tokenizer, {"a": _items(PAIRS)}, arm="x", bits=(4,), tries=(8,))
+    assert [r.attack for r in rows] == ["rounded to 4 bits", "any of 8 samples"]
+    assert rows[0].after is None
+    assert rows[0].note == "not available: the model has no linear layer that could be rounded"
+    assert rows[1].after is not None
+    with pytest.raises(ValueError, match="GPT2LMHeadModel has no linear layer"):
+        round_to_nearest(model, 4)
+    layer = tiny_llama.model.layers[0]
+    layer.experts = torch.nn.Parameter(torch.ones(4, 2, 2))
+    rows = robustness(tiny_llama, tokenizer, {"a": _items(PAIRS)}, arm="x", bits=(4,), tries=(8,))
+    assert rows[0].after is not None
+    assert [r.note for r in rows] == ["fused experts were not rounded", ""]
+
+
+class Through(torch.nn.Module):
+    """A block without weights."""
+
+    def forward(self, hidden, *args, **kwargs):
+        return hidden if "use_cache" not in kwargs else (hidden, None)
 
 
 def test_a_model_without_finite_logits_is_not_called_safe(tiny_llama, tokenizer, shown):
@@ -257,3 +316,14 @@ def test_speed_counts_parameters_flops_and_bytes(tiny_llama, tmp_path):
         checkpoint_bytes(tmp_path)
     with pytest.raises(ValueError, match="context"):
         compare_speed(tiny_llama, smaller, prompt_tokens=400)
+
+
+def test_the_speed_of_an_offloaded_model_is_measured(tiny_llama):
+    from accelerate import cpu_offload
+
+    away = cpu_offload(deepcopy(tiny_llama), execution_device=torch.device("cpu"))
+    speed = compare_speed(away, tiny_llama, prompt_tokens=8, new_tokens=2, batch_size=2, repeats=1)
+    assert speed.decode_base > 0
+    assert speed.flops_base == speed.flops_edited
+    assert speed.flops_ratio == 1.0
+    assert speed.device == "cpu"

@@ -8,6 +8,7 @@ from curvature.populations import Document, Population
 from evals.evalset import (
     BORDER,
     DUPLICATE,
+    NOT_HELD_OUT,
     SHORT,
     as_asked,
     material_from_files,
@@ -71,6 +72,39 @@ def test_a_users_duplicates_and_unusable_rows_stand_in_the_results(tokenizer, tm
     assert len(set(asked)) == len(asked)
     assert counted[f"reasoning, {BORDER}"] > 0
     assert all(not d.prompt.endswith("ba") for d in material.test.tasks["reasoning"])
+
+
+def _problems():
+    return [{"prompt": f"sort {a} {b} =", "answer": f" {a}"} for a in "abcdefg" for b in "xyz"]
+
+
+def test_a_memory_inside_a_text_of_the_edit_split_is_not_held_out(tokenizer, tmp_path):
+    """Texts that begin alike, as files under one licence do: what is asked of one would be trained
+    on with another."""
+    texts = _texts(40)
+    twins = [f"so it is said . {texts[k]} and more of it" for k in range(20)]
+    for name, rows in (("m", [{"text": t} for t in (*texts, *twins)]), ("r", _problems())):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    given = {
+        "reasoning": str(tmp_path / "r.jsonl"),
+        "prefix_tokens": 8,
+        "suffix_tokens": 8,
+        "problems": 20,
+        "seed": 0,
+    }
+    file = str(tmp_path / "m.jsonl")
+    material = material_from_files(tokenizer, memorized=file, reference=file, **given)
+    texts_shown = [d.text for p in (material.relearn, material.heal) for d in p.documents]
+    for evalset in (material.tune, material.test):
+        asked = [i.prompt + i.target for i in evalset.memories]
+        assert asked
+        assert not [a for a in asked for t in texts_shown if a.strip(" .") in t]
+    assert material.test.left_out[f"memorized, {NOT_HELD_OUT}"] > 0
+    alike = "the lamp is old and the baker sees a stone near the river and the old tower"
+    rows = [{"text": f"{alike} {t}"} for t in texts]
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    with pytest.raises(ValueError, match="stand in texts of the edit split"):
+        material_from_files(tokenizer, memorized=file, reference=file, **given)
 
 
 def test_problems_that_all_break_a_token_are_refused(tokenizer, tmp_path):

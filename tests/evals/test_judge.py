@@ -120,6 +120,24 @@ def test_what_lacks_one_token_is_nearly_recited(patient, some):
     assert dataclasses.replace(judgement, memories=memories).nearly(some) is None
 
 
+def test_a_class_of_tasks_of_which_one_has_no_value_has_none(patient, some):
+    judgement = judge(*patient, some, harness=False)
+    two = dataclasses.replace(some, aside=("arithmetic", "sort"))
+    assert judgement.aside(two) is not None
+
+    def without(name):
+        lost = (
+            dataclasses.replace(t, value=None) if t.task == name else t for t in judgement.tasks
+        )
+        return dataclasses.replace(judgement, tasks=tuple(lost))
+
+    assert without("sort").aside(two) is None
+    assert without("sort").reasoning(two) == judgement.reasoning(two)
+    assert without("copy").reasoning(two) is None
+    assert without("copy").aside(two) == judgement.aside(two)
+    assert judgement.aside(dataclasses.replace(some, aside=())) is None
+
+
 def test_a_broken_model_gets_reasons_instead_of_zeros(patient, some):
     base, tokenizer = patient
     broken = AutoModelForCausalLM.from_pretrained(organism.MODEL).eval()

@@ -70,6 +70,23 @@ def test_a_broken_model_is_infinitely_perplexed(tiny_llama, tokenizer, populatio
     assert clean_perplexity(tiny_llama, tokenizer, population) == math.inf
 
 
+def test_an_offloaded_model_reads_the_same(tiny_llama, tokenizer, population):
+    """accelerate keeps its weights elsewhere: the first parameter lies on no device."""
+    from copy import deepcopy
+
+    from accelerate import cpu_offload
+
+    away = cpu_offload(deepcopy(tiny_llama), execution_device=torch.device("cpu"))
+    assert next(away.parameters()).device.type == "meta"
+    here = read_language(tiny_llama, tokenizer, population)
+    assert read_language(away, tokenizer, population).nll == pytest.approx(here.nll)
+    one, *others = (
+        sample_health(model, tokenizer, population, scorer=scorer, samples=4)
+        for model, scorer in ((tiny_llama, tiny_llama), (tiny_llama, away), (away, tiny_llama))
+    )
+    assert others == [one, one]
+
+
 def test_nothing_to_score_is_refused(tiny_llama, tokenizer):
     with pytest.raises(ValueError, match="two tokens"):
         clean_perplexity(
@@ -138,6 +155,33 @@ def test_generation_equals_plain_greedy_decoding(tiny_llama, tokenizer):
             out.append(int(tiny_llama(input_ids=torch.tensor([out])).logits[0, -1].argmax()))
     written = generate(tiny_llama, tokenizer, ["the old lamp"], new_tokens=6, stop=False)
     assert written[0][0] == out[len(ids) :]
+
+
+def test_a_models_own_generation_settings_change_no_continuation(tiny_llama, tokenizer):
+    """A second end token, a penalty, banned repeats and fewer tokens, as checkpoints bring them:
+    a continuation is measured without, and the model has them back afterwards, also after an
+    error."""
+    prompts = ["the old lamp", "a baker"]
+    ids = tokenizer(prompts[0])["input_ids"]
+    plain = list(ids)
+    for _ in range(12):
+        with torch.no_grad():
+            plain.append(int(tiny_llama(input_ids=torch.tensor([plain])).logits[0, -1].argmax()))
+    expected = plain[len(ids) :]
+    own = tiny_llama.generation_config
+    own.eos_token_id = [tokenizer.eos_token_id, expected[2]]
+    own.repetition_penalty, own.no_repeat_ngram_size, own.suppress_tokens = 1.8, 2, [expected[0]]
+    written = generate(tiny_llama, tokenizer, prompts, new_tokens=12, stop=False)
+    assert written[0][0] == expected
+    assert len(written[1][0]) == 12
+    ended = generate(tiny_llama, tokenizer, prompts[:1], new_tokens=12)[0][0]
+    assert ended == expected, "another end token than the tokenizer's ends nothing"
+    assert tiny_llama.generation_config is own
+    assert own.eos_token_id == [tokenizer.eos_token_id, expected[2]]
+    tiny_llama.forward = None
+    with pytest.raises(TypeError):
+        generate(tiny_llama, tokenizer, prompts, new_tokens=3)
+    assert tiny_llama.generation_config is own
 
 
 def test_sampling_is_seeded_and_leaves_the_callers_state(tiny_llama, tokenizer):

@@ -63,3 +63,17 @@ def test_the_small_table_has_a_column_for_each_control():
     assert table["recall of held-out memories"][1:] == ["100 %", "2.0 %", "2.0 %", "50 %"]
     assert table["perplexity on clean text"][1:4] == ["10.00", "10.40", "104 %"]
     assert "tokens per second" not in table, "a row without a number is left out"
+
+
+def test_a_control_stands_beside_the_attack_that_it_was_given_too():
+    """The worst of this run's attacks, which no control had, has a row of its own."""
+    control = Control("random", 0.5, 0.4, 0.6, recall_share_after_relearning=0.03)
+    run = replace(
+        GOOD,
+        recall_share_after_relearning=0.12,
+        recall_share_after_matched_relearning=0.01,
+        controls=(control,),
+    )
+    table = {row[0].strip(): row[3:] for row in summary(run)[1]}
+    assert table["after relearning"] == ["1.0 %", "3.0 %"]
+    assert table["after the worst relearning"] == ["12 %", ""]

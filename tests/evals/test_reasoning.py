@@ -91,6 +91,18 @@ def test_batch_size_does_not_change_a_score(tiny_llama, tokenizer, tasks):
         assert a.documents_sha256 == b.documents_sha256
 
 
+def test_an_offloaded_model_answers_the_same(tiny_llama, tokenizer, tasks):
+    from copy import deepcopy
+
+    from accelerate import cpu_offload
+
+    away = cpu_offload(deepcopy(tiny_llama), execution_device=torch.device("cpu"))
+    here, there = (evaluate_reasoning(m, tokenizer, tasks) for m in (tiny_llama, away))
+    for a, b in zip(here, there, strict=True):
+        logprobs = [s.logprob for s in a.samples]
+        assert [s.logprob for s in b.samples] == pytest.approx(logprobs, abs=1e-5)
+
+
 def test_duplicates_are_dropped_and_counted(tiny_llama, tokenizer):
     document = world.problems(0, "copy", 1, "test")[0]
     result = evaluate_reasoning(tiny_llama, tokenizer, {"copy": [document, document, document]})[0]
@@ -141,6 +153,34 @@ def test_a_users_own_task_folder_is_found(tiny_llama, tokenizer, tmp_path):
     result = evaluate_reasoning(tiny_llama, tokenizer, {"mine": None}, include_path=tmp_path)[0]
     assert result.task == "mine"
     assert len(result.samples) == 1
+
+
+@pytest.mark.parametrize(
+    ("metric", "value", "score"),
+    [
+        ("acc", True, 1.0),
+        ("perplexity", -2.5, -2.5),
+        ("word_perplexity", (-12.0, 4), 3.0),
+        ("byte_perplexity", (-12.0, 24), 0.5),
+        ("bits_per_byte", (-12.0, 24), 0.5),
+    ],
+)
+def test_a_documents_score_by_its_metric(metric, value, score):
+    assert reasoning._scalar(metric, value) == score
+
+
+@pytest.mark.parametrize(
+    ("metric", "parts"),
+    [("mcc", (1, 1)), ("mcc", (1, 0)), ("f1", (1, 1)), ("word_perplexity", (-3.0, 0))],
+)
+def test_a_metric_of_the_whole_set_is_no_score_of_a_document(metric, parts):
+    """Gold and predicted class, and an empty text: lm-eval's own figure without a paired test."""
+    sample = {"doc_id": 0, "doc_hash": "x", "filter": "none", "metrics": [metric]}
+    sample |= {metric: parts, "filtered_resps": [], "target": 1}
+    output = {"samples": {"t": [sample]}, "results": {"t": {f"{metric},none": 0.25}}}
+    found = reasoning._result("t", "t", output, 0)
+    assert (found.value, found.samples) == (0.25, ())
+    assert found.note == f"{metric} has no score per document: no paired test"
 
 
 def test_the_callers_random_state_is_left_alone(tiny_llama, tokenizer, tasks):

@@ -1,11 +1,12 @@
 """Looser measures of memory against their definitions."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evals.evalset import Item
@@ -20,7 +21,16 @@ from evals.memorization import (
     tries_needed,
 )
 from evals.organism import world
-from evals.recall import ANY, CHOICE, Form, ask_in_every_form, forms_section, recall_by_family
+from evals.recall import (
+    ANY,
+    CHOICE,
+    Form,
+    ask_in_every_form,
+    form_pairs,
+    forms_section,
+    not_compared,
+    recall_by_family,
+)
 
 
 @given(st.floats(-12, -1e-6), st.floats(0.05, 0.99))
@@ -56,6 +66,8 @@ def test_exposure_is_the_rank_in_bits():
         canary_exposure([0.0], [])
 
 
+# the first call imports scipy.stats
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 5), min_size=1), st.lists(st.integers(0, 5), min_size=1))
 def test_membership_is_the_area_under_the_curve(members, others):
     wins = np.mean([(m > o) + 0.5 * (m == o) for m in members for o in others])
@@ -105,8 +117,6 @@ def test_forms_ask_the_same_in_both_arms_and_any_form_counts(tiny_llama, tokeniz
     assert list(by_name["plain"].hits) == [r.strict for r in plain]
     rows = forms_section(forms, forms)
     assert all(row["base"] == row["edited"] for row in rows)
-    with pytest.raises(ValueError, match="different forms"):
-        forms_section(forms, forms[:-1])
 
 
 def test_chance_is_taken_off_a_multiple_choice():
@@ -116,7 +126,52 @@ def test_chance_is_taken_off_a_multiple_choice():
     assert (row["base"], row["edited"]) == (1.0, 0.25)
     assert row["share"]["value"] == pytest.approx(0.0)
     with pytest.raises(ValueError, match="different forms"):
-        forms_section([base], [Form("fact", CHOICE, tuple("abce"), (True,) * 4)])
+        form_pairs(base, Form("fact", CHOICE, tuple("abce"), (True,) * 4))
+
+
+def test_chance_is_that_of_the_options_which_an_item_has(tiny_llama, tokenizer):
+    """Between two values guessing is right half of the time, and leaves nothing."""
+    items = [
+        Item(str(k), "mine", f"sort {w} =", v, forms={"plain": (f"sort {w} =", v)})
+        for k, (w, v) in enumerate(zip("abcdefgh", [" 1", " 2"] * 4))
+    ]
+    (choice,) = (f for f in ask_in_every_form(tiny_llama, tokenizer, items) if f.form == CHOICE)
+    assert choice.options == (2,) * 8
+    base, guessing = (replace(choice, hits=h) for h in ((True,) * 8, (True, False) * 4))
+    (row,) = forms_section([base], [guessing])
+    assert row["edited"] == 0.5
+    assert row["share"]["value"] == pytest.approx(0.0)
+    mixed = replace(base, options=(4,) * 4 + (2,) * 4)
+    before, after = form_pairs(mixed, replace(mixed, hits=(False,) * 8))
+    assert before == [1.0] * 8
+    assert after == pytest.approx([-1 / 3] * 4 + [-1.0] * 4)
+
+
+def test_forms_that_one_model_alone_can_be_asked_in_are_named_and_the_others_compared(
+    tiny_llama, tokenizer
+):
+    """Into a short context no few-shot prompt fits: it counts in neither model's `any of these`."""
+    items = [i for i in _items() if i.family == "fact"]
+    long = ask_in_every_form(tiny_llama, tokenizer, items)
+    tiny_llama.config.max_position_embeddings = 24
+    short = ask_in_every_form(tiny_llama, tokenizer, items)
+    # only after neighbours the first model knows them
+    hits = {"few-shot": True, ANY: True, CHOICE: True}
+    long = [replace(f, hits=(hits.get(f.form, f.form == "plain"),) * len(f.items)) for f in long]
+    long[0] = replace(long[0], hits=(True, *(False,) * (len(items) - 1)))
+    assert long[0].form == "plain"
+    for base, edited in ((long, short), (short, long)):
+        rows = {r["form"]: r for r in forms_section(base, edited)}
+        assert list(rows)[-1] == "few-shot"
+        assert rows["few-shot"]["note"] == "not asked alike in both models"
+        assert rows["few-shot"]["share"] is None
+        assert {r["note"] for name, r in rows.items() if name != "few-shot"} == {""}
+        assert not_compared(base, edited) == "not asked alike in both models: fact few-shot"
+    (row,) = (r for r in forms_section(long, short) if r["form"] == ANY)
+    assert row["base"] == 1 / len(items), "what few-shot found is not counted"
+    assert rows["few-shot"]["base"] is None
+    assert rows["few-shot"]["edited"] == 1.0
+    assert not_compared(long, long) == ""
 
 
 def test_an_item_without_finite_logits_is_no_wrong_answer(tiny_llama, tokenizer):

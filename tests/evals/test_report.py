@@ -9,8 +9,8 @@ from html.parser import HTMLParser
 import pytest
 
 from evals.attacks import Curve
-from evals.figures import draw_all, trade_off
-from evals.report import markdown, runs_table, tables, write_report
+from evals.figures import curvature_spectra, draw_all, trade_off
+from evals.report import html, markdown, runs_table, tables, task_table, write_report
 from evals.verdict import Control, judgement_section, reach_verdict, write_results
 
 FIGURES = {
@@ -154,6 +154,79 @@ def test_the_page_stands_by_itself(run):
         assert reference in page.ids
     assert "prefers-color-scheme: dark" in text
     assert "@media print" in text
+
+
+def test_what_is_no_share_is_not_shown_in_percent_and_gets_no_bar():
+    """wikitext's perplexity, 3.2 nats per word: neither 320 % nor a bar as high as the figure."""
+    task = {
+        "n": 10,
+        "lost": 0,
+        "gained": 0,
+        "p": 0.5,
+        "p_holm": 0.5,
+        "detectable": None,
+        "difference": {"value": 0.2, "low": 0.1, "high": 0.3, "level": 0.95},
+    }
+    words = {**task, "task": "wikitext", "base": 3.0, "edited": 3.2}
+    solved = {**task, "task": "sort", "base": 0.5, "edited": 0.7, "metric": "acc"}
+    for metric, unit in (({"metric": "word_perplexity"}, "nats per word"), ({}, "score")):
+        rows = task_table({"tasks": [{**words, **metric}, solved]}).rows
+        name, _, *cells = rows[0]
+        assert name == f"wikitext ({unit})"
+        assert cells[:3] == ["3", "3.2", "+0.200 [+0.100, +0.300]"]
+        assert rows[1][:5] == ("sort", "10", "50 %", "70 %", "+20.0 [+10.0, +30.0]")
+        drawn = {"verdict": {}, "judgement": {"tasks": [{**words, **metric}, solved]}}
+        (drawing,) = draw_all(drawn)
+        assert drawing.alt == "Accuracy. sort 50 % to 70 %."
+        bars = [bar for bar in drawing.figure.axes[0].patches if bar.get_height()]
+        assert [bar.get_height() for bar in bars] == [0.5, 0.7]
+    assert draw_all({"verdict": {}, "judgement": {"tasks": [words]}}) == []
+
+
+def test_a_share_of_the_curvature_is_one_of_all_of_it():
+    """768 eigenvalues 1/k: the largest holds .138 of their sum, and .54 of that of 128 of them."""
+    values = [1 / k for k in range(1, 769)]
+    sample = [values[round(k * 767 / 127)] for k in range(128)]
+    total = sum(values)
+    record = {"A": sample, "G": sample, "A_total": total, "G_total": total}
+    axes = curvature_spectra({"layers.0.up": record}).axes[0]
+    assert axes.lines[0].get_ydata()[0] == pytest.approx(1 / total)
+    assert axes.get_ylabel() == "share of the curvature"
+    axes = curvature_spectra({"layers.0.up": {"A": sample, "G": sample}}).axes[0]
+    assert axes.get_ylabel() == "share of the eigenvalues drawn", "an earlier version's results"
+
+
+def test_forms_that_were_not_compared_say_so(run):
+    record = json.loads((run / "results.json").read_text())
+    record["forms"].append(
+        {
+            "family": "fact",
+            "form": "few-shot",
+            "n": 4,
+            "base": 1.0,
+            "edited": None,
+            "share": None,
+            "note": "not asked alike in both models",
+        }
+    )
+    (table,) = (t for t in tables(record) if t.title.startswith("The same memories"))
+    assert table.rows[0][-1] == ""
+    assert table.rows[1] == (
+        *("fact", "few-shot", "4", "100 %", "not available", "not available"),
+        "not asked alike in both models",
+    )
+
+
+def test_the_first_screen_says_what_a_batch_gains(run):
+    record = json.loads((run / "results.json").read_text())
+    sizes = {"parameters_base": 100, "parameters_edited": 60, "flops_base": 50, "flops_edited": 30}
+    rates = {"decode_base": 10.0, "decode_edited": 11.0, "decode_ratio": 1.1}
+    rates |= {"prefill_base": 20.0, "prefill_edited": 25.0, "prefill_ratio": 1.25}
+    settings = {"repeats": 3, "prompt_tokens": 8, "new_tokens": 4, "batch_size": 2, "threads": 1}
+    record["speed"] = {**sizes, **rates, **settings, "device": "cpu"}
+    for text in (markdown(record, []), html(record, [])):
+        assert "1.25 times in a batch at once" in text
+        assert "60 % of the operations for the same text" in text
 
 
 def test_statements_of_the_first_screen_stand_one_by_one(run):

@@ -152,6 +152,28 @@ def test_the_form_that_shows_the_most_counts(evalset, judgement):
     assert "(worst: any of these)" not in v.to_json()
 
 
+def test_models_that_were_asked_in_different_forms_are_compared_in_the_others(evalset, judgement):
+    """Two checkpoints of which one has too short a context for a few-shot prompt."""
+    ids = tuple(f"m{k}" for k in range(10))
+    tasks = {"sort": [1] * 10, "copy": [1] * 10, "arithmetic": [1] * 10}
+
+    def arm(plain, *more):
+        forms = [Form("passage", "plain", ids, tuple(k < plain for k in range(10))), *more]
+        everything = tuple(any(hits) for hits in zip(*(f.hits for f in forms)))
+        return judgement(
+            [1] * 20 + [0] * 4, tasks, forms=[*forms, Form("passage", ANY, ids, everything)]
+        )
+
+    base, edited = arm(8, Form("passage", "few-shot", ids, (True,) * 10)), arm(2)
+    v = reach_verdict(evalset, base, edited)
+    assert v.recall_share_worst_form == pytest.approx(2 / 8)
+    note = "worst: any of these; not asked alike in both models: passage few-shot"
+    assert v.notes["recall_share_worst_form"] == note
+    v = reach_verdict(evalset, arm(0), arm(0, Form("passage", "few-shot", ids, (True,) * 10)))
+    assert v.recall_share_worst_form is None
+    assert v.notes["recall_share_worst_form"].endswith("alike in both models: passage few-shot")
+
+
 def test_items_without_finite_logits_make_their_figure_null_and_no_other(evalset, base, judgement):
     edited = judgement(
         [0] * 24, {"sort": [1] * 10, "copy": [1] * 10, "arithmetic": [1] * 10}, kl=0.1
@@ -176,9 +198,8 @@ def test_items_without_finite_logits_make_their_figure_null_and_no_other(evalset
 
 def test_a_judgement_survives_its_file(evalset, judgement):
     ids = ("m10", "m11")
-    one = judgement(
-        [1] * 24, {"sort": [1] * 10}, forms=[Form("fact", ANY, ids, (True, None))], kl=0.5
-    )
+    forms = [Form("fact", ANY, ids, (True, None)), Form("fact", CHOICE, ids, (True, True), (4, 3))]
+    one = judgement([1] * 24, {"sort": [1] * 10}, forms=forms, kl=0.5)
     one = dataclasses.replace(one, benchmarks=one.tasks, notes={"x": "y"})
     assert Judgement.from_json(json.loads(json.dumps(one.to_json()))) == one
 
@@ -206,6 +227,18 @@ def test_four_questions_are_answered_with_intervals(evalset, base, edited):
     assert "20 % [" in lines[0][1]
     assert "not available (speed was not measured" in lines[2][1] or "not available" in lines[2][1]
     assert "random: recall 50 %" in lines[3][1]
+    assert "reasoning 60 %, parameters" in lines[3][1]
+
+
+def test_what_healing_gave_a_control_and_what_is_computed_are_said(evalset, base, edited):
+    controls = [Control("random", 0.5, 0.98, 0.6, reasoning_share_before_healing=0.85)]
+    speed = dataclasses.replace(_speed(), prefill_ratio=1.26)
+    v = reach_verdict(evalset, base, edited, controls=controls, speed=speed)
+    lines = answers(v, speed)
+    assert "reasoning 85 % before healing, 98 % after, parameters 60 %" in lines[3][1]
+    said = "1.50 times the tokens per second one after the other, 1.26 times in a batch at once; "
+    assert lines[2][1].endswith(said + "60 % of the operations for the same text.")
+    assert answers(v)[2][1].endswith("1.50 times the tokens per second.")
 
 
 def test_percent():
@@ -226,6 +259,7 @@ def test_results_are_written_whole_and_read_back(tmp_path, evalset, base, edited
         judgement=section,
         odd=[math.nan, math.inf],
     )
+    assert {t["metric"] for t in section["tasks"]} == {"acc"}
     assert record["odd"] == [None, None]
     assert read_results(tmp_path) == json.loads((tmp_path / "results.json").read_text())
     assert list(record)[:4] == ["schema", "recipe", "provenance", "verdict"]
@@ -246,6 +280,20 @@ def test_results_are_written_whole_and_read_back(tmp_path, evalset, base, edited
         "copy": 0,
         "arithmetic": 5,
     }
+
+
+def test_of_many_processes_the_first_alone_writes(tmp_path, monkeypatch, evalset, base, edited):
+    from curvature import artifacts
+
+    monkeypatch.setattr(artifacts, "is_main", lambda: False)
+    v = reach_verdict(evalset, base, edited)
+    record = write_results(tmp_path / "results.json", v, recipe={"model": "m"}, provenance={})
+    assert record["verdict"]["recall_base"] == 1.0
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="plain data"):
+        write_results(tmp_path / "results.json", v, recipe={"model": object()}, provenance={})
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
