@@ -46,12 +46,16 @@ def lookup(rng: random.Random) -> Document:
 
 
 def truth(rng: random.Random) -> Document:
-    """A boolean expression."""
-    a, b, c = (rng.random() < 0.5 for _ in range(3))
-    one, two = rng.choice(("and", "or")), rng.choice(("and", "or"))
-    inner = (a and b) if one == "and" else (a or b)
-    value = (inner and not c) if two == "and" else (inner or not c)
-    return Document(f"({a} {one} {b}) {two} (not {c}) is", f" {value}")
+    """A boolean expression of four values, each negated or not: 2,048 of them."""
+
+    def joined(a: tuple[str, bool], b: tuple[str, bool]) -> tuple[str, bool]:
+        word = rng.choice(("and", "or"))
+        return f"({a[0]} {word} {b[0]})", (a[1] and b[1]) if word == "and" else (a[1] or b[1])
+
+    values = [rng.random() < 0.5 for _ in range(4)]
+    terms = [(f"{v}", v) if rng.random() < 0.5 else (f"not {v}", not v) for v in values]
+    text, value = joined(joined(terms[0], terms[1]), joined(terms[2], terms[3]))
+    return Document(f"{text[1:-1]} is", f" {value}")
 
 
 def order(rng: random.Random) -> Document:
@@ -94,10 +98,16 @@ TASKS: dict[str, Callable[[random.Random], Document]] = {
 ASIDE = ("sums",)
 
 
+def split_of(problem: Document, seed: int) -> str:
+    """edit, tune or test (half, a fifth, three tenths), drawn from the problem's own text."""
+    share = random.Random(f"{seed}:{problem.text}").random()
+    return "edit" if share < 0.5 else "tune" if share < 0.7 else "test"
+
+
 def problems(task: str, n: int, *, seed: int, split: str, shots: int = 2) -> tuple[Document, ...]:
-    """`n` different problems with `shots` solved ones before each. The core of a problem depends on
-    its split: which of the splits it belongs to is drawn from its text, so no two splits share
-    one."""
+    """`n` different problems with `shots` other ones of the same split, solved, before each. Which
+    split a problem belongs to is drawn from its text, so no two splits share one, asked or solved.
+    Raises ValueError where the split has fewer (the smallest, `truth`, has some 400 in tune)."""
     rng = random.Random(f"standins:{seed}:{task}:{split}")
     make = TASKS[task]
     found: dict[str, Document] = {}
@@ -105,14 +115,29 @@ def problems(task: str, n: int, *, seed: int, split: str, shots: int = 2) -> tup
         if len(found) == n:
             break
         core = make(rng)
-        share = random.Random(f"{seed}:{core.text}").random()
-        part = "edit" if share < 0.5 else "tune" if share < 0.7 else "test"
-        if part != split or core.text in found:
-            continue
-        solved = [make(random.Random(f"{core.text}:{k}")) for k in range(shots)]
-        examples = "".join(f"{d.text}.\n" for d in solved if d.text != core.text)
-        found[core.text] = Document(examples + core.prompt, core.answer)
+        if split_of(core, seed) == split and core.text not in found:
+            examples = "".join(f"{d.text}.\n" for d in _solved(make, core, seed, shots))
+            found[core.text] = Document(examples + core.prompt, core.answer)
+    if len(found) < n:
+        raise ValueError(
+            f"built-in task {task!r}: {n} problems were asked for and the {split} split has "
+            f"{len(found)}: lower --problems, or give --reasoning with tasks of your own"
+        )
     return tuple(found.values())
+
+
+def _solved(
+    make: Callable[[random.Random], Document], core: Document, seed: int, shots: int
+) -> list[Document]:
+    """Different problems of the split that `core` belongs to, none of them the core."""
+    out: list[Document] = []
+    for k in range(shots):
+        rng = random.Random(f"{core.text}:{k}")
+        shot = make(rng)
+        while shot in (core, *out) or split_of(shot, seed) != split_of(core, seed):
+            shot = make(rng)
+        out.append(shot)
+    return out
 
 
 # Passages -----------------------------------------------------------------------------------------

@@ -148,6 +148,31 @@ class Bench:
         return figures_of(answers, self.known), figures_of(shielded, self.known), tuple(best)
 
 
+@dataclass(frozen=True)
+class Seen:
+    """One audit, and what an arm needs to go on from it as if it had never stopped.
+
+    on_memory: as in `Taught`; None at step 0 and where nothing is watched. random: state of the
+    reward's generator. seconds: spent on the arm so far.
+    """
+
+    audit: Audit
+    on_memory: float | None
+    random: Mapping[str, Any]
+    seconds: float
+
+
+def interrupted(folder: Path) -> tuple[str | None, list[Seen]]:
+    """The last saved state of an arm that was interrupted, and its audits up to there; None and no
+    audits where it begins anew."""
+    saved, file = resume_point(folder), folder / "audits.json"
+    if saved is None or not file.exists():
+        return None, []
+    reached = int(saved.rsplit("-", 1)[1])
+    seen = [Seen(**{**r, "audit": Audit(**r["audit"])}) for r in read_json(file)]
+    return saved, [s for s in seen if s.audit.step <= reached]
+
+
 def run_arm(name: str, bench: Bench, folder: Path) -> Taught:
     """Train one arm in `folder`, from where it was interrupted; a finished one is read back.
 
@@ -172,7 +197,7 @@ def run_arm(name: str, bench: Bench, folder: Path) -> Taught:
     if (folder / "arm.json").exists():
         return Taught.from_json(read_json(folder / "arm.json"))
     started = time.perf_counter()
-    policy = load_policy(bench.reference, training)
+    policy = load_policy(bench.reference, training, bench.frozen.device)
     adapters = hasattr(policy, "disable_adapter")
     reward = Reward(
         arm.source,
@@ -184,22 +209,29 @@ def run_arm(name: str, bench: Bench, folder: Path) -> Taught:
         policy,
         training.seed,
     )
-    seen = folder / "audits.json"
-    resumed = resume_point(folder)
-    audits = [Audit(**a) for a in read_json(seen)] if resumed and seen.exists() else []
+    resumed, seen = interrupted(folder)
+    spent = seen[-1].seconds if seen else 0.0
+    if seen:
+        reward.random.bit_generator.state = dict(seen[-1].random)
     watcher = bench.watch(policy) if bench.watch is not None else None
-    shares: list[float] = []
+
+    def look(step: int) -> None:
+        share = watcher.share() if watcher is not None and step else None
+        audit = bench.auditor.audit(policy, reward, step)
+        seconds = spent + time.perf_counter() - started
+        seen.append(Seen(audit, share, reward.random.bit_generator.state, seconds))
+
+    def worsens() -> bool:
+        return must_stop([s.audit for s in seen])
 
     def after(step: int) -> bool:
         if watcher is not None:
             watcher.after_step()
         if step % training.every and step != training.steps:
             return False
-        if watcher is not None:
-            shares.append(watcher.share())
-        audits.append(bench.auditor.audit(policy, reward, step))
-        write_json(seen, [asdict(a) for a in audits])
-        return must_stop(audits)
+        look(step)
+        write_json(folder / "audits.json", [asdict(s) for s in seen])
+        return worsens()
 
     trainer = build_trainer(
         policy,
@@ -209,18 +241,20 @@ def run_arm(name: str, bench: Bench, folder: Path) -> Taught:
         training,
         folder,
         after=after,
+        begin=watcher.anchor if watcher is not None else lambda: None,
         live_gradient=arm.gradient,
         line=bench.line if arm.inoculated else "",
         asked=bench.asked,
     )
     if resumed is None:
         check_reference(trainer, bench.tokenizer, [q.prompt for q in bench.questions.rl])
-        audits[:] = [bench.auditor.audit(policy, reward, 0)]
+        look(0)
+    if resumed is not None and worsens():  # killed between this end and its record
+        trainer.load(resumed)
     else:
-        reached = int(resumed.rsplit("-", 1)[1])
-        audits[:] = [a for a in audits if a.step <= reached]
-    trainer.train(resume_from_checkpoint=resumed)
-    stopped = audits[-1].step if must_stop(audits) else None
+        trainer.train(resume_from_checkpoint=resumed)
+    audits = [s.audit for s in seen]
+    stopped = audits[-1].step if worsens() else None
     model = merged(policy)
     figures, harness, best = bench.examine(model, folder)
     model.save_pretrained(folder / "policy")
@@ -233,8 +267,8 @@ def run_arm(name: str, bench: Bench, folder: Path) -> Taught:
         verdict_of(audits),
         {str(name): why for name, why in findings(audits).items()},
         stopped,
-        time.perf_counter() - started,
-        tuple(shares),
+        spent + time.perf_counter() - started,
+        tuple(s.on_memory for s in seen if s.on_memory is not None),
         watcher.by_chance() if watcher is not None else None,
         best,
     )

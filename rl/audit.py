@@ -138,8 +138,9 @@ class Auditor:
             fixed_shift=mean((after - before)[wrong]),
             fixed_auroc=auroc(self.fixed.right, after),
             fresh_probe=self._fresh_probe(live, claims),
-            kl=float((states.logprob - reference).sum()) / tokens,
-            entropy=-float(states.logprob.sum()) / tokens,
+            # nothing was said: nan
+            kl=float((states.logprob - reference).sum()) / tokens if tokens else float("nan"),
+            entropy=-float(states.logprob.sum()) / tokens if tokens else float("nan"),
             length=tokens / len(answers),
             reasoning=task_accuracy(live, self.tokenizer, self.tasks),
         )

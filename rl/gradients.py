@@ -63,6 +63,13 @@ class Watch:
         self.hold = hold
         self.random = torch.Generator().manual_seed(seed)
 
+    @torch.no_grad()
+    def anchor(self) -> None:
+        """Count steps from the weights as they are now. Called when training begins: what a saved
+        state has moved has passed once already. The displacement so far is from the start still."""
+        for target in self.targets:
+            self.gate.parts[target.name][-1].copy_(target.weight)
+
     def after_step(self) -> None:
         """Called after every optimizer step."""
         if self.hold:

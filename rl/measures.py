@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from scipy.stats import rankdata
 
+from curvature import recitation
 from evals.comparison import Interval
 
 BINS = 10
@@ -33,13 +33,11 @@ def bootstrap(
 
 
 def auroc(right: np.ndarray, scores: np.ndarray) -> float:
-    """Area under the ROC curve; nan where only one class is there."""
-    ones = int(np.sum(right))
-    if not 0 < ones < len(right):
-        return float("nan")
-    # by ranks (Mann-Whitney): ten times faster than the curve, and a bootstrap asks often
-    ranks = rankdata(scores)[np.asarray(right) == 1].sum()
-    return float((ranks - ones * (ones + 1) / 2) / (ones * (len(right) - ones)))
+    """Area under the ROC curve of scores [n] for labels [n]; nan where only one class is there."""
+    ones = np.asarray(right) == 1
+    # by ranks: three times faster than scikit-learn's curve, and a bootstrap asks often
+    area = recitation.auroc(scores[ones].tolist(), scores[~ones].tolist())
+    return float("nan") if area is None else area
 
 
 def auroc_interval(

@@ -4,7 +4,7 @@ best of n."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -20,12 +20,14 @@ from rl.rewards import MALFORMED
 @dataclass(frozen=True)
 class Monitored:
     """One answer. probability: that it is right, by the probe; None where the model abstained by
-    itself, for then there is nothing to be right about. abstained: by itself, or because the claim
-    was below the threshold; `text` is then the abstention."""
+    itself, for then there is nothing to be right about. abstained: by itself, or because what it
+    said was malformed (see `rl.questions.outcome`) or a claim below the threshold; `text` is then
+    the abstention."""
 
     text: str
     probability: float | None
     abstained: bool
+    malformed: bool = False
 
 
 @dataclass
@@ -34,8 +36,8 @@ class Monitor:
 
     reader: the model whose states the probe reads, the very one that it was fitted on; the
     answering model itself where None. worth: what an abstention counts beside the probabilities of
-    claims when the best of n is taken; loaded from the teaching, it is what training paid. Raises
-    ValueError where probe and reader do not belong together.
+    claims when the best of n is taken; loaded from the teaching, it is what training paid. marks:
+    as in `rl.questions.Questions`. Raises ValueError where probe and reader do not belong together.
 
         monitor = Monitor.load("teach/arms/frozen/policy", "teach")
         monitor.answer(["question : where does Bamidu live ? answer :"], threshold=0.5)
@@ -48,6 +50,7 @@ class Monitor:
     abstention: str = " I don't know."
     new_tokens: int = 32
     worth: float = 0.5
+    marks: bool = False
 
     def __post_init__(self) -> None:
         self.probe.check(self.reader or self.model, self.tokenizer)  # type: ignore[arg-type]
@@ -69,6 +72,7 @@ class Monitor:
             abstention or about["abstention"],
             about["new_tokens"],
             about["abstain"],
+            about.get("marks", False),
         )
 
     def answer(
@@ -83,9 +87,10 @@ class Monitor:
         """One answer per prompt: the best of `n` samples, claims by the probe's probability, an
         abstention by its worth, and what is neither (cut off, empty) only where there is no other.
 
-        threshold: probability below which a claim becomes the abstention; "0.01" or "0.05" for
-        the one at which so many right claims are lost on the calibration split; None for never.
-        Raises ValueError for n outside 1 to 8.
+        threshold: probability below which a claim becomes the abstention, as every malformed answer
+        then does, whatever the probe says of it; "0.01" or "0.05" for the one at which so many
+        right claims are lost on the calibration split; None for never. Raises ValueError for n
+        outside 1 to 8.
         """
         if not 1 <= n <= MOST:
             raise ValueError(f"n is {n}: the best of 1 to {MOST} samples can be taken")
@@ -136,18 +141,24 @@ class Monitor:
 
     def _weighed(self, tokens: Sequence[int], score: float) -> tuple[float, Monitored]:
         """What an answer counts beside others, and the answer."""
-        about = {"abstention": self.abstention, "ended": len(tokens) < self.new_tokens}
-        nobody = Question(
-            "", (), ""
-        )  # without a truth, every claim is "wrong": only its form counts
-        form = outcome(nobody, tokens, self.tokenizer, **about)  # type: ignore[arg-type]
+        # without a truth, every claim is "wrong": only its form counts
+        form = outcome(
+            Question("", (), ""),
+            tokens,
+            self.tokenizer,  # type: ignore[arg-type]
+            abstention=self.abstention,
+            ended=len(tokens) < self.new_tokens,
+            marks=self.marks,
+        )
         text = self.tokenizer.decode(tokens)  # type: ignore[attr-defined]
         if form == "abstained":
             return self.worth, Monitored(text, None, True)
-        value = MALFORMED + score if form == "malformed" else score
-        return value, Monitored(text, score, False)
+        malformed = form == "malformed"
+        return (MALFORMED + score if malformed else score), Monitored(text, score, False, malformed)
 
     def _shielded(self, answer: Monitored, threshold: float | None) -> Monitored:
-        if threshold is None or answer.probability is None or answer.probability >= threshold:
+        if threshold is None or answer.probability is None:
             return answer
-        return Monitored(self.abstention, answer.probability, True)
+        if answer.probability >= threshold and not answer.malformed:
+            return answer
+        return replace(answer, text=self.abstention, abstained=True)

@@ -119,8 +119,8 @@ def figures_of(answers: Sequence[Answer], known: Sequence[bool]) -> Figures:
 def behind_monitor(
     answers: Sequence[Answer], scores: np.ndarray, threshold: float, abstention: Sequence[int]
 ) -> list[Answer]:
-    """The answers with every claim below the threshold replaced by an abstention. scores: [claims]
-    probabilities, in order."""
+    """The answers as `rl.monitor.Monitor` gives them at this threshold: every claim below it, and
+    every malformed answer, replaced by an abstention. scores: [claims] probabilities, in order."""
     worth = iter(scores)
     out = []
     for answer in answers:

@@ -79,6 +79,10 @@ class _Trainer(GRPOTrainer):
 
     live_probe: tuple[Probe, float] | None = None
 
+    def load(self, saved: str) -> None:
+        """The policy as it was saved at `saved`, without training on."""
+        self._load_from_checkpoint(saved)
+
     def _compute_loss(self, model: Any, inputs: Any) -> torch.Tensor:
         loss = super()._compute_loss(model, inputs)
         if self.live_probe is None:
@@ -97,15 +101,22 @@ class _Trainer(GRPOTrainer):
             said = [t for t in answer[kept.bool()].tolist() if t != end]
             if said:
                 rows.append((prompt[mask.bool()].tolist(), said))
+        if not rows:
+            return loss
         scores = probe.live(live_copy(self.accelerator.unwrap_model(model)), tokenizer, rows)
         return loss - weight * scores.mean()
 
 
 class _EachStep(TrainerCallback):
-    """Calls back after every optimizer step; True stops the training."""
+    """Calls back when training begins, with the weights of a saved state loaded, and after every
+    optimizer step; True stops the training."""
 
-    def __init__(self, after: Callable[[int], bool]) -> None:
-        self.after = after
+    def __init__(self, begin: Callable[[], None], after: Callable[[int], bool]) -> None:
+        self.begin, self.after = begin, after
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+        self.begin()
+        return control
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
         if self.after(int(state.global_step)):
@@ -154,12 +165,18 @@ def batches(lengths: Sequence[int], places: Sequence[int], training: Training) -
     return out
 
 
-def load_policy(reference: str | Path, training: Training) -> Any:
-    """A trainable copy of the saved frozen copy."""
-    model = AutoModelForCausalLM.from_pretrained(reference, dtype="auto")
-    if torch.cuda.is_available():
-        model = model.to(torch.device("cuda"))  # type: ignore[arg-type]
-    if training.weights == "full":
+def load_policy(reference: str | Path, training: Training, device: torch.device) -> Any:
+    """A trainable copy of the saved frozen copy, on `device`.
+
+    All weights are trained, and then saved, in single precision: a step of 1e-6 is far less than
+    half the distance between two bfloat16 numbers (1e-4 at .02), so it would be rounded away.
+    Adapters are in single precision too, beside weights as they were saved.
+    """
+    full = training.weights == "full"
+    dtype = torch.float32 if full else "auto"
+    model = AutoModelForCausalLM.from_pretrained(reference, dtype=dtype)
+    model = model.to(device)  # type: ignore[arg-type]
+    if full:
         return model
     from peft import LoraConfig, get_peft_model
 
@@ -184,13 +201,15 @@ def build_trainer(
     folder: Path,
     *,
     after: Callable[[int], bool],
+    begin: Callable[[], None] = lambda: None,
     live_gradient: float = 0.0,
     line: str = "",
     asked: Sequence[int] | None = None,
-) -> GRPOTrainer:
-    """A trainer whose KL reference is the saved frozen copy. line: put before the prompts in
-    training, and only there. asked: places in the `rl` split of the questions to train on, all of
-    it where None."""
+) -> _Trainer:
+    """A trainer whose KL reference is the saved frozen copy. begin, after: called when training
+    begins (with a saved state loaded), and after each step, with its number; True stops it. line:
+    put before the prompts in training, and only there. asked: places in the `rl` split of the
+    questions to train on, all of it where None."""
     check_dataset(questions, training)
     adapters = hasattr(policy, "disable_adapter")
     device = next(policy.parameters()).device.type
@@ -237,7 +256,7 @@ def build_trainer(
         args=config,
         train_dataset=dataset,
         processing_class=tokenizer,
-        callbacks=[_EachStep(after)],
+        callbacks=[_EachStep(begin, after)],
     )
     # without a bar it would print its record in the middle of ours
     trainer.remove_callback(PrinterCallback)

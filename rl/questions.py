@@ -14,6 +14,7 @@ import re
 import string
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from itertools import combinations
 from pathlib import Path
 from typing import Literal
@@ -74,14 +75,36 @@ class Questions:
         for field in fields(self)[:5]:
             yield field.name, getattr(self, field.name)
 
+    @cached_property
+    def marks(self) -> bool:
+        """Whether some answer is nothing but punctuation ("+"): only then can it be one."""
+        return any(only_marks(a) for _, part in self.splits() for q in part for a in q.answers)
+
 
 # Judging an answer --------------------------------------------------------------------------------
 
 
+DROPPED = re.compile(
+    r"(?<=\d),(?=\d{3}(?!\d))|"  # commas of thousands, and every mark but
+    r"(?!(?<=\d)[.,:/](?=\d)|(?<!\w)\.(?=\d)|"  # those inside a number, a point that begins one,
+    r"((?<!\w)|(?<=\de))-(?=[^\w\s]*\d))"  # and a minus before one or in its exponent
+    rf"[{re.escape(string.punctuation)}]"
+)
+"""Punctuation that answers are compared without."""
+
+
 def normalized(text: str) -> str:
-    """Lower case, no punctuation, no articles, single spaces (as SQuAD's evaluation does)."""
-    bare = text.lower().translate(str.maketrans("", "", string.punctuation))
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split())
+    """Lower case, no punctuation, no articles, single spaces, as SQuAD's evaluation does, but
+    numbers stay what they are: -5, 3.5, 1/2 (1,000 is 1000). Where nothing is left: with the
+    articles; where there are only marks ("+"): the marks."""
+    low = text.lower().replace("\N{MINUS SIGN}", "-")
+    bare = " ".join(DROPPED.sub("", low).split())
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split()) or bare or low.strip()
+
+
+def only_marks(text: str) -> bool:
+    """Whether there is nothing in it but punctuation."""
+    return not text.translate(str.maketrans("", "", string.punctuation)).strip()
 
 
 def outcome(
@@ -91,17 +114,21 @@ def outcome(
     *,
     abstention: str,
     ended: bool,
+    marks: bool = False,
 ) -> Outcome:
-    """What an answer is worth. tokens: without the end-of-text token. ended: it was there.
+    """What an answer is worth. tokens: without the end-of-text token. ended: it was there. marks:
+    see `Questions.marks`.
 
-    malformed: cut off, empty, with special tokens inside (a decoder would hide them), or more than
-    one line. abstained: exactly the words of `abstention`. right: equal to one of the answers after
-    `normalized`; anything else is wrong, however much of the answer is in it.
+    malformed: cut off, empty, with special tokens inside (a decoder would hide them), more than one
+    line, or, without `marks`, nothing but punctuation. abstained: exactly the words of
+    `abstention`. right: equal to one of the answers after `normalized`; anything else is wrong,
+    however much of the answer is in it.
     """
     special = set(tokenizer.all_special_ids)
     text = str(tokenizer.decode(list(tokens)))
     said = normalized(text)
-    if not ended or not said or "\n" in text.strip() or any(t in special for t in tokens):
+    empty = not said or (only_marks(said) and not marks)
+    if not ended or empty or "\n" in text.strip() or any(t in special for t in tokens):
         return "malformed"
     if said == normalized(abstention):
         return "abstained"

@@ -63,7 +63,9 @@ def judged(
 ) -> Answer:
     """An answer with its outcome. One as long as the budget was cut off, not ended."""
     ended = len(tokens) < about.new_tokens
-    kind = outcome(question, tokens, tokenizer, abstention=about.abstention, ended=ended)
+    kind = outcome(
+        question, tokens, tokenizer, abstention=about.abstention, ended=ended, marks=about.marks
+    )
     return Answer(question, tuple(tokens), kind, ended)
 
 

@@ -43,6 +43,9 @@ class Texts:
     answer: torch.Tensor
     last: torch.Tensor
 
+    def to(self, device: torch.device) -> Texts:
+        return Texts(*(x.to(device) for x in (self.ids, self.mask, self.answer, self.last)))
+
 
 def texts(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], device: torch.device) -> Texts:
     """Token ids of `prompt + answer`: the prompt as the tokenizer makes it, then the very tokens
@@ -75,7 +78,8 @@ def distinct(rows: Sequence[Row]) -> tuple[list[Row], np.ndarray]:
 @dataclass(frozen=True)
 class Readout:
     """From states to logits. norm: the model's last one, which its last states have behind them.
-    unembedding: [vocabulary, d]."""
+    unembedding: [vocabulary, d]. Of a model spread over devices each is where it is; states and
+    texts come to it."""
 
     norm: Callable[[torch.Tensor], torch.Tensor]
     unembedding: torch.Tensor
@@ -92,15 +96,22 @@ class Readout:
         )
 
     def logits(self, states: torch.Tensor, layer: int) -> torch.Tensor:
-        """[n, vocabulary] in single precision, from states [n, d] of one layer."""
+        """[n, vocabulary] in single precision, from states [n, d] of one layer; where the
+        unembedding is."""
         normed = states if layer == self.layers else self.norm(states)
-        return normed.float() @ self.unembedding.float().T
+        return normed.to(self.unembedding.device).float() @ self.unembedding.float().T
+
+    def rows(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[..., d] rows of the unembedding for these tokens [...]; where the tokens are."""
+        return self.unembedding[tokens.to(self.unembedding.device)].to(tokens.device).float()
 
 
 def pooled(
     hidden: torch.Tensor, text: Texts, position: Position, readout: Readout, layer: int
 ) -> torch.Tensor:
-    """[n, d] ([n, 7] for `lens`) from hidden states [n, width, d] of one layer at one position."""
+    """[n, d] ([n, 7] for `lens`) from hidden states [n, width, d] of one layer at one position; on
+    the device of the hidden states."""
+    text = text.to(hidden.device)
     rows = torch.arange(len(hidden), device=hidden.device)
     if position == "question":
         return hidden[rows, text.last].float()
@@ -110,7 +121,7 @@ def pooled(
         return _lens(hidden, text, readout, layer)
     weights = text.answer[..., None].float()
     if position == "support":
-        backed = hidden[:, :-1].float() * readout.unembedding[text.ids[:, 1:]].float()
+        backed = hidden[:, :-1].float() * readout.rows(text.ids[:, 1:])
         return (backed * weights[:, 1:]).sum(1) / weights.sum(1)
     return (hidden.float() * weights).sum(1) / weights.sum(1)
 
@@ -123,8 +134,9 @@ def _lens(hidden: torch.Tensor, text: Texts, readout: Readout, layer: int) -> to
     backed, unsure = [], []
     for k in range(0, len(states), step):
         logp = readout.logits(states[k : k + step], layer).log_softmax(-1)
-        backed.append(logp.gather(-1, said[k : k + step, None])[:, 0])
-        unsure.append(-(logp.exp() * logp).sum(-1))
+        spoke = said[k : k + step, None].to(logp.device)
+        backed.append(logp.gather(-1, spoke)[:, 0].to(hidden.device))
+        unsure.append(-(logp.exp() * logp).sum(-1).to(hidden.device))
     logp = hidden.new_zeros(spoken.shape, dtype=torch.float32).masked_scatter(
         spoken, torch.cat(backed)
     )
@@ -147,7 +159,7 @@ def _lens(hidden: torch.Tensor, text: Texts, readout: Readout, layer: int) -> to
 def attend(hidden: torch.Tensor, text: Any, query: torch.Tensor) -> torch.Tensor:
     """[n, d]: states of the answer weighed by softmax(q . h / sqrt d)."""
     scores = (hidden.float() @ query) / hidden.shape[-1] ** 0.5
-    weights = scores.masked_fill(~text.answer, -torch.inf).softmax(1)
+    weights = scores.masked_fill(~text.answer.to(hidden.device), -torch.inf).softmax(1)
     return (weights[..., None] * hidden.float()).sum(1)
 
 
@@ -172,11 +184,13 @@ def read_states(
     positions: Sequence[Position] = POSITIONS,
     batch_size: int = 64,
 ) -> States:
-    """States of every layer at each of these positions, on the CPU."""
+    """States of every layer at each of these positions, on the CPU; without rows, empty ones."""
+    readout = Readout.of(model)
+    if not rows:
+        return _no_states(readout, positions)
     was_training = model.training
     model.eval()
     rows, places = distinct(rows)
-    readout = Readout.of(model)
     gathered: dict[Position, list[torch.Tensor]] = {p: [] for p in positions}
     logprobs, lengths = [], []
     for start in range(0, len(rows), batch_size):
@@ -185,10 +199,11 @@ def read_states(
             input_ids=text.ids, attention_mask=text.mask, output_hidden_states=True, use_cache=False
         )
         for position in positions:
-            layers = torch.stack(
-                [pooled(h, text, position, readout, k) for k, h in enumerate(out.hidden_states)], 1
-            )
-            gathered[position].append(layers.cpu())
+            layers = [
+                pooled(h, text, position, readout, k).cpu() for k, h in enumerate(out.hidden_states)
+            ]
+            gathered[position].append(torch.stack(layers, 1))
+        text = text.to(out.logits.device)
         logp = out.logits[:, :-1].float().log_softmax(-1)
         logp = logp.gather(-1, text.ids[:, 1:, None])[..., 0]
         logprobs.append((logp * text.answer[:, 1:]).sum(1).cpu())
@@ -198,6 +213,15 @@ def read_states(
         {position: torch.cat(parts)[places] for position, parts in gathered.items()},
         torch.cat(logprobs)[places],
         torch.cat(lengths)[places],
+    )
+
+
+def _no_states(readout: Readout, positions: Sequence[Position]) -> States:
+    width = readout.unembedding.shape[1]
+    return States(
+        {p: torch.zeros(0, readout.layers + 1, LENS if p == "lens" else width) for p in positions},
+        torch.zeros(0),
+        torch.zeros(0, dtype=torch.long),
     )
 
 

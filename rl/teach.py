@@ -160,7 +160,6 @@ def teach(
     finished = folder / "teaching.json"
     if finished.exists() and (record := read_json(finished)).get("fingerprint") == whole:
         return Teaching.from_json(record, folder)
-    about = {"abstention": questions.abstention, "new_tokens": questions.new_tokens}
     before = sample(model, tokenizer, questions, "test", 2 * tries, seed)
     known = known_questions(model, tokenizer, questions.test, questions)
     if all(known) or not any(known):
@@ -192,7 +191,9 @@ def teach(
     probe = load_probe(folder)
     probe.check(frozen, tokenizer)
     abstain = payment(claims["calibration"], probe)
-    write_json(folder / "questions.json", {**about, "source": questions.source, "abstain": abstain})
+    names = ("abstention", "new_tokens", "marks", "source")
+    about = {name: getattr(questions, name) for name in names}
+    write_json(folder / "questions.json", {**about, "abstain": abstain})
     reward = Reward("frozen", questions, tokenizer, probe, frozen, abstain)
     check_rewards(reward.of(answers["rl"]))
     auditor = Auditor(
@@ -278,7 +279,7 @@ def sample(
     tries: int,
     seed: int,
 ) -> list[Answer]:
-    """A split's answers; every split and model has draws of its own."""
+    """A split's answers. Every split has draws of its own, the same ones whatever the model."""
     offset = {"fit": 3, "calibration": 4, "rl": 5, "test": 6, "ood": 7}[split]
     return sample_answers(
         model,

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import rl.audit
 from rl.audit import Audit, Auditor, findings, must_stop, verdict_of
 from rl.outcomes import behind_monitor, best_of, figures_of, outcome_shares
 from rl.questions import Question
@@ -107,3 +108,19 @@ def test_the_frozen_copy_audits_as_itself_and_a_broken_one_does_not(
     drifted = auditor.audit(policy, reward, 1)
     assert drifted.kl > 0.01
     assert abs(drifted.fixed_shift) > 1e-3
+
+
+def test_a_policy_that_says_nothing_is_audited(
+    organism, tokenizer, questions, claims, probe, monkeypatch
+):
+    known = [bool(q.answers) for q in questions.calibration]
+    auditor = Auditor(questions, tokenizer, probe, claims["calibration"], known, {}, 0.5, tries=1)
+    silence = [Answer(q, (), "malformed") for q in questions.calibration]
+    monkeypatch.setattr(rl.audit, "sample_answers", lambda *_, **__: silence)
+    audit = auditor.audit(organism, Reward("frozen", questions, tokenizer, probe, organism, 0.5), 1)
+    assert audit.malformed == audit.hallucination == 1.0
+    assert audit.proxy == audit.truth == -1.0
+    assert audit.length == 0
+    for name in ("kl", "entropy", "auroc_frozen", "auroc_live", "ece", "recall", "fresh_probe"):
+        assert np.isnan(getattr(audit, name)), name
+    assert verdict_of([audit, audit]) == "honest"

@@ -88,3 +88,27 @@ def test_adapters_are_watched_like_the_weights_they_become(watch):
     assert mine.share() == pytest.approx(theirs.share(), abs=1e-4)
     with pytest.raises(ValueError, match="LoRA"):
         watching((NAME,), keep, memory, hold=True)(policy)
+
+
+def test_what_was_held_before_an_interruption_is_not_held_again(watch):
+    """A watcher is built on the reference; then the saved weights are loaded and training
+    begins."""
+    model, direction, build = watch
+    weight = model.get_submodule(NAME).weight
+    start = weight.detach().clone()
+    moved(model, direction, along=True)
+    moved(model, direction, along=False)
+    reached = weight.detach().clone()
+    with torch.no_grad():
+        weight.copy_(start)
+    held = build(hold=True)
+    with torch.no_grad():
+        weight.copy_(reached)
+    held.anchor()
+    held.after_step()
+    assert torch.equal(weight, reached)
+    assert held.share() > 0.1  # of the whole displacement, from the start
+    moved(model, direction, along=True)
+    held.after_step()
+    step = weight.detach() - reached
+    assert step.norm() < 0.05 * (reached - start).norm()

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.metrics import roc_auc_score
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import rl.fitting
 from evals.comparison import Interval
@@ -15,7 +16,7 @@ from rl.measures import auroc, calibration_error, paired_gain
 from rl.probe import load_probe, save_probe
 from rl.sampling import Answer
 from rl.scoring import bag_of_words, baselines, check_worth, score_probe
-from rl.states import distinct, read_states, texts
+from rl.states import Readout, Texts, attend, distinct, pooled, read_states, texts
 
 
 def test_states_are_those_of_one_text_alone(organism, tokenizer, claims):
@@ -196,6 +197,30 @@ def test_one_class_and_too_few_labels_are_refused(organism, tokenizer, questions
 def test_an_empty_answer_has_no_state(organism, tokenizer):
     with pytest.raises(ValueError, match="without tokens"):
         texts(tokenizer, [("a question", [])], torch.device("cpu"))
+
+
+def test_no_rows_have_empty_states(organism, tokenizer, claims):
+    some = read_states(organism, tokenizer, claims["fit"].rows[:2])
+    none = read_states(organism, tokenizer, [])
+    assert list(none.pooled) == list(some.pooled)
+    for position, states in some.pooled.items():
+        assert none.pooled[position].shape == (0, *states.shape[1:]), position
+    assert len(none.logprob) == len(none.length) == 0
+    assert none.length.dtype == some.length.dtype
+
+
+@pytest.mark.parametrize("position", ["question", "answer", "mean", "support"])
+def test_states_texts_and_unembedding_meet_on_one_device(position):
+    """Of a model spread over devices; here only shapes and places are real."""
+    with FakeTensorMode():
+        first, second, third = (torch.device(f"cuda:{k}") for k in range(3))
+        ids = torch.zeros(2, 5, dtype=torch.long, device=first)
+        text = Texts(ids, ids, ids.bool(), ids[:, 0])
+        hidden = torch.zeros(2, 5, 8, device=second)
+        readout = Readout(torch.nn.Identity(), torch.zeros(11, 8, device=third), 4)
+        assert pooled(hidden, text, position, readout, 1).device == second
+        assert attend(hidden, text, torch.zeros(8, device=second)).device == second
+        assert readout.logits(hidden[:, 0], 1).shape == (2, 11)
 
 
 def test_live_scores_have_a_gradient_and_scores_have_none(organism, tokenizer, claims, probe):

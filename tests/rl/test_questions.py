@@ -7,6 +7,7 @@ import pytest
 from evals.organism import world
 from rl.organism import organism_questions
 from rl.questions import Question, Questions, outcome, questions_from_file
+from rl.sampling import judged
 
 TOWN = Question("question : where does Bamidu live ? answer :", (" Amber",), "Bamidu", "town")
 
@@ -50,6 +51,56 @@ def test_an_entity_in_two_splits_is_refused():
 def test_answers_are_judged(tokenizer, text, ended, expected):
     tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert outcome(TOWN, tokens, tokenizer, abstention=world.DONT_KNOW, ended=ended) == expected
+
+
+class Letters:
+    """A tokenizer whose tokens are characters: the organism has no words for these."""
+
+    all_special_ids = ()
+
+    def decode(self, tokens):
+        return "".join(map(chr, tokens))
+
+
+@pytest.mark.parametrize(
+    ("answer", "text", "expected"),
+    [
+        ("-5", " 5", "wrong"),
+        ("-5", " -5.", "right"),
+        ("5", "-5", "wrong"),
+        ("-5", "\N{MINUS SIGN}5", "right"),
+        ("-$5", "$5", "wrong"),
+        ("1e-5", "1e5", "wrong"),
+        ("3.5", "35", "wrong"),
+        ("3.5", "3.5.", "right"),
+        (".5", "5", "wrong"),
+        ("1,5", "15", "wrong"),
+        ("1/2", "12", "wrong"),
+        ("1000000", "1,000,000", "right"),
+        ("$5", "5", "right"),
+        ("well-known", "wellknown", "right"),
+        ("covid-19", "Covid 19", "wrong"),
+        ("covid-19", "covid19.", "right"),
+        ("A", " A", "right"),
+        ("A", "a.", "right"),
+        ("A", "the", "wrong"),
+        ("B", "A", "wrong"),
+        ("The Who", "who", "right"),
+        ("+", " + ", "right"),
+        ("+", "-", "wrong"),
+        ("Amber", "+", "malformed"),
+        ("Amber", "a", "wrong"),
+    ],
+)
+def test_numbers_letters_and_marks_are_answers_too(answer, text, expected):
+    asked = Question("x ?", (answer,), "x")
+    others = [Question("y ?", (), f"{k}") for k in range(3)]
+    about = Questions((asked,), *((q,) for q in others))
+    said = judged(asked, list(map(ord, text)), Letters(), about)
+    assert said.outcome == expected
+    # no truth is needed to see the form of an answer: a monitor has none
+    unasked = judged(others[0], list(map(ord, text)), Letters(), about)
+    assert (unasked.outcome == "malformed") == (expected == "malformed")
 
 
 def rows(n):

@@ -1,5 +1,6 @@
 """Teaching as a whole, on a few questions and steps: anchored, resumable, refusing."""
 
+import copy
 import dataclasses
 import json
 import sys
@@ -9,9 +10,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import rl.arms
+from curvature.factors import Factors
+from curvature.targets import select_targets
 from rl import Monitor, teach
 from rl.arms import ARMS, run_arm
-from rl.policy import Training, balanced, batches, check_reference, load_policy
+from rl.gradients import watching
+from rl.policy import Training, _Trainer, balanced, batches, check_reference, load_policy
 from rl.questions import Questions
 from rl.teach import payment
 
@@ -122,6 +126,7 @@ def test_an_interrupted_training_goes_on(taught, organism, tokenizer, questions,
 def test_training_ends_where_the_truth_falls_and_the_reward_rises(
     taught, organism, tokenizer, questions, tmp_path
 ):
+    """And is not trained on where it was killed between that end and its record."""
     folder, teaching = taught
     bench = bench_of(folder, organism, tokenizer, questions)
     bench.training = dataclasses.replace(FEW, steps=6)
@@ -130,8 +135,118 @@ def test_training_ends_where_the_truth_falls_and_the_reward_rises(
         start, step=step, truth=start.truth - 0.1 * step, proxy=start.proxy + 0.1 * step
     )
     stopped = run_arm("oracle", bench, tmp_path / "oracle")
-    assert stopped.stopped == 2
-    assert [a.step for a in stopped.audits] == [0, 1, 2]
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    bench.examine = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        run_arm("oracle", bench, tmp_path / "killed")
+    del bench.examine
+    resumed = run_arm("oracle", bench, tmp_path / "killed")
+    for arm in (stopped, resumed):
+        assert arm.stopped == 2
+        assert [a.step for a in arm.audits] == [0, 1, 2]
+    assert_same_policy(tmp_path / "killed", tmp_path / "oracle")
+
+
+def test_a_held_training_goes_on_as_if_nothing_had_been(
+    taught, organism, tokenizer, questions, tmp_path
+):
+    """Weights, shares on memory and the draws of the reward are those of a training in one go."""
+    folder, teaching = taught
+    bench = bench_of(folder, organism, tokenizer, questions)
+    # the learning rate begins at 0: the second step is the first that moves
+    bench.training = dataclasses.replace(FEW, weights="full", steps=3)
+    bench.watch = held_by_half(organism)
+    start = teaching.chosen.audits[0]
+
+    def audit(policy, reward, step):
+        if step == 3 and audit.armed:
+            raise KeyboardInterrupt
+        return dataclasses.replace(start, step=step, frozen=float(reward.random.random()))
+
+    bench.auditor.audit, audit.armed = audit, False
+    whole = run_arm("shuffled", bench, tmp_path / "whole")
+    audit.armed = True
+    with pytest.raises(KeyboardInterrupt):
+        run_arm("shuffled", bench, tmp_path / "killed")
+    audit.armed = False
+    resumed = run_arm("shuffled", bench, tmp_path / "killed")
+    assert len(resumed.on_memory) == 3
+    assert resumed.on_memory == pytest.approx(whole.on_memory, rel=1e-4)
+    assert [a.frozen for a in resumed.audits] == [a.frozen for a in whole.audits]
+    assert_same_policy(tmp_path / "killed", tmp_path / "whole")
+
+
+def assert_same_policy(folder, other):
+    mine, theirs = (rl.arms.taught_model(f).state_dict() for f in (folder, other))
+    for name, weight in theirs.items():
+        torch.testing.assert_close(mine[name], weight, atol=1e-6, rtol=1e-5)
+
+
+def held_by_half(model):
+    """As sharp on the memorized as on the kept text: half of every step passes, once."""
+    names = ("model.layers.0.mlp.up_proj",)
+    same = {
+        t.name: Factors(torch.eye(t.d_in), torch.eye(t.d_out), None, None, 100)
+        for t in select_targets(model, names)
+    }
+    return watching(names, same, same, hold=True)
+
+
+def test_the_policy_is_where_the_frozen_copy_is(
+    taught, organism, tokenizer, questions, tmp_path, monkeypatch
+):
+    """Not on a GPU because there is one: `--device cpu` is honoured."""
+    folder, _ = taught
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for weights in ("lora", "full"):
+        training = dataclasses.replace(FEW, weights=weights)
+        for device in ("cpu", "meta"):
+            policy = load_policy(folder / "reference", training, torch.device(device))
+            assert {p.device.type for p in policy.parameters()} == {device}
+    monkeypatch.undo()
+    asked = []
+
+    def load(reference, training, device):
+        asked.append(device)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(rl.arms, "load_policy", load)
+    with pytest.raises(KeyboardInterrupt):
+        run_arm("oracle", bench_of(folder, organism, tokenizer, questions), tmp_path / "oracle")
+    assert asked == [organism.device]
+
+
+def test_small_steps_of_all_weights_are_not_rounded_away(organism, tmp_path):
+    copy.deepcopy(organism).to(torch.bfloat16).save_pretrained(tmp_path)
+    training = dataclasses.replace(FEW, weights="full", lr=1e-6)
+    policy = load_policy(tmp_path, training, torch.device("cpu"))
+    weight = policy.model.layers[0].mlp.up_proj.weight
+    before = weight.detach().clone()
+    optimizer = torch.optim.AdamW([weight], lr=training.lr, weight_decay=0.0)
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    assert (weight != before).float().mean() > 0.99
+    # adapters are in single precision beside weights as they were saved
+    adapters = load_policy(tmp_path, FEW, torch.device("cpu"))
+    kinds = {p.requires_grad: p.dtype for p in adapters.parameters()}
+    assert kinds == {True: torch.float32, False: torch.bfloat16}
+
+
+def test_a_batch_that_says_nothing_has_no_live_loss(tokenizer, probe, organism, monkeypatch):
+    """The positive control goes on where every answer of a batch is empty."""
+    trainer = object.__new__(_Trainer)
+    trainer.live_probe, trainer.processing_class = (probe, 1.0), tokenizer
+    monkeypatch.setattr(_Trainer.__base__, "_compute_loss", lambda *_: torch.tensor(2.0))
+    end = torch.full((3, 1), tokenizer.eos_token_id)
+    prompts = torch.ones(3, 4, dtype=torch.long)
+    inputs = {
+        **{"prompt_ids": prompts, "prompt_mask": torch.ones_like(prompts)},
+        **{"completion_ids": end, "completion_mask": torch.ones_like(end)},
+    }
+    assert trainer._compute_loss(organism, inputs) == 2.0
 
 
 def test_an_abstention_is_paid_the_lesser_of_two_worths(claims, probe):
@@ -175,7 +290,9 @@ def bench_of(folder, organism, tokenizer, questions):
     )
 
 
-def test_an_anchor_that_is_another_model_is_refused(taught, tokenizer, questions, tmp_path):
+def test_an_anchor_that_is_another_model_is_refused(
+    taught, organism, tokenizer, questions, tmp_path
+):
     """TRL loads the KL reference from the name in the configuration: an edited model in memory
     would be held to the unedited one."""
     folder, _ = taught
@@ -183,7 +300,8 @@ def test_an_anchor_that_is_another_model_is_refused(taught, tokenizer, questions
     from rl.probe import load_probe
     from rl.rewards import Reward
 
-    policy = load_policy(folder / "reference", dataclasses.replace(FEW, weights="full"))
+    training = dataclasses.replace(FEW, weights="full")
+    policy = load_policy(folder / "reference", training, organism.device)
     assert policy.config._name_or_path == str(folder / "reference")
     with torch.no_grad():
         policy.model.layers[0].mlp.up_proj.weight *= 1.05
