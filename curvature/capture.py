@@ -43,7 +43,7 @@ class Estimator(Protocol):
     needs_pairs: bool
     """Whether `pair` wants the inputs again with the gradients; without, they are not kept in
     memory, and `g` may hold the other tokens too: under a causal model no loss depends on what
-    follows it, so their gradients are zero."""
+    follows it, so their gradients are zero. It is then the live gradient, not to be written to."""
 
     def inputs(self, target: Target, a: torch.Tensor) -> None:
         """a: [n, d_in]. Called once for targets that share an input, with the first of them."""
@@ -70,7 +70,7 @@ class Capture:
         # weak: an input that nobody else needs any more is freed in the middle of the forward pass
         self._shared: dict[str, tuple[Target, Any, Any]] = {}
         self._inputs: dict[str, torch.Tensor] = {}
-        self._index: torch.Tensor | None = None
+        self._index = torch.empty(0, dtype=torch.long)
         self._padded = False
         self._forward_fired: set[str] = set()
         self._backward_fired: set[str] = set()
@@ -96,7 +96,7 @@ class Capture:
     def start(self, batch: Batch, number: int) -> None:
         counted = batch.counted.flatten()
         self.tokens += int(counted.sum())
-        self._index = None if bool(counted.all()) else counted.nonzero()[:, 0]
+        self._index = counted.nonzero()[:, 0]
         self._padded = float(counted.float().mean()) < WORTH_SELECTING
         self._number = number
         for left_over in (self._shared, self._inputs, self._forward_fired, self._backward_fired):
@@ -144,8 +144,9 @@ class Capture:
         places[1].append(x.sum(dtype=torch.float32))
 
     def _rows(self, x: torch.Tensor) -> torch.Tensor:
+        """The counted tokens, copied: what receives them may write to them."""
         flat = x.detach().reshape(-1, x.shape[-1])
-        return flat if self._index is None else flat.index_select(0, self._index.to(x.device))
+        return flat.index_select(0, self._index.to(x.device))
 
     def _hook(self, target: Target) -> Callable:
         def forward_hook(

@@ -124,7 +124,7 @@ class FullPrecision:
     4 bytes per trained weight that is not fp32, and the optimizer's moments are fp32 too.
     """
 
-    def __init__(self, trained: Iterable[nn.Parameter]):
+    def __init__(self, trained: Iterable[torch.Tensor]):
         self.values = [(p, p.detach().float()) for p in trained if p.dtype.itemsize < 4]
 
     @contextmanager

@@ -4,8 +4,10 @@ loaded.
 Bytes of one process, b per weight, n = rows * width tokens at a time (docs/scale.md derives them):
 
     weights   b P
-    training  b (P + P) + b (2 + 4) P_kept      patient and dense edit; shrunk and healed; the copy
-                                                that the attack trains, its gradient, Adam's moments
+    training  b (P + P) + 3 b P_kept + 12 P_kept
+                                                patient and dense edit; shrunk, healed and the copy
+                                                that the attack trains; its gradient and Adam's
+                                                moments, and its weights, in fp32 (16 where b < 4)
     factors   4 (sum over inputs of d_in^2 + sum over targets of (d_in^2 + 2 d_out^2))
                                                 A once per shared input; A', G and G' per target
     rows      n sum over layers from the lowest target of (8 d + b (4 q + 3 m + d)) + n b (m + 2 d)
@@ -19,6 +21,9 @@ Bytes of one process, b per weight, n = rows * width tokens at a time (docs/scal
                                                 gradient
     trained   12 min(n, CHUNK / V) V            and what a teacher wants to hear
     logits
+
+The rows are those of gated MLPs with SiLU. Others (GPT-2, OPT, Falcon, ...) come within a third;
+Mamba's scan on a CPU takes two and a half times as much.
 """
 
 from __future__ import annotations
@@ -32,9 +37,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from curvature.forward import CHUNK
-from curvature.targets import Target
+from curvature.processes import world
+from curvature.targets import SHORTHANDS, Target, count_parameters, layer_of
 
 GIB = 2**30
 
@@ -100,11 +107,6 @@ class Estimate:
         return max(self.weights + self.held + self.one_row, self.training + self.one_trained_row)
 
 
-def parameters_of(model: nn.Module) -> int:
-    """Weights, tied ones once."""
-    return sum(p.numel() for p in model.parameters())
-
-
 def factor_bytes(targets: Sequence[Target], *, coupled: bool = True) -> int:
     """Bytes of A and G (and A' and G') of one population in fp32, an A that targets share counted
     once: exactly the tensors that `collect_factors` returns."""
@@ -138,13 +140,30 @@ def trained_row_bytes(model: nn.Module, keep: float = 1.0) -> int:
 
 
 def _sides(model: nn.Module) -> tuple[int, int, int, int, int]:
-    """Bytes per weight, hidden size, width of all heads, MLP size (the largest), layers."""
+    """Bytes per weight, hidden size, width of all heads (d without heads), MLP size (the largest),
+    layers."""
     config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    d, heads, m = config.hidden_size, config.num_attention_heads, config.intermediate_size
+    d, heads = config.hidden_size, getattr(config, "num_attention_heads", None) or 1
     q = heads * (getattr(config, "head_dim", None) or d // heads)
+    m = getattr(config, "intermediate_size", None) or _widest(model)
     m = max(m) if isinstance(m, list | tuple) else m
     return next(model.parameters()).dtype.itemsize, d, q, m, config.num_hidden_layers
+
+
+def _in_mlp(name: str) -> bool:
+    """Whether a module of this name is part of an MLP, or is one."""
+    return not set(name.split(".")).isdisjoint(SHORTHANDS["mlp"])
+
+
+def _widest(model: nn.Module) -> int:
+    """The longest side of any MLP's matrix; of any block's, where no MLP is found."""
+    sides = {
+        name: max(module.weight.shape)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and layer_of(name) >= 0
+    }
+    return max([s for n, s in sides.items() if _in_mlp(n)] or [*sides.values(), 1])
 
 
 def estimate(model: nn.Module, targets: Sequence[Target], work: Work) -> Estimate:
@@ -152,8 +171,8 @@ def estimate(model: nn.Module, targets: Sequence[Target], work: Work) -> Estimat
     config: Any = model.config
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     b = next(model.parameters()).dtype.itemsize
-    P, V = parameters_of(model), config.vocab_size
-    mlp = sum(t.parameters for t in targets if ".mlp." in f".{t.name}.")
+    P, V = count_parameters(model), config.vocab_size
+    mlp = sum(t.parameters for t in targets if _in_mlp(t.name))
     kept = P - round((1 - work.keep) * mlp)
     n = work.batch_size * work.width
     factors, per_token = factor_bytes(targets), row_bytes(model, targets)
@@ -168,7 +187,9 @@ def estimate(model: nn.Module, targets: Sequence[Target], work: Work) -> Estimat
     at_once = min(n, max(1, CHUNK // V))
     return Estimate(
         weights=b * P,
-        training=b * (2 * P + 6 * kept) if work.trains else 2 * b * P,
+        training=b * (2 * P + 3 * kept) + (12 if b == 4 else 16) * kept
+        if work.trains
+        else 2 * b * P,
         factors=factors,
         populations=work.populations,
         rows=n * per_token,
@@ -185,9 +206,9 @@ def estimate(model: nn.Module, targets: Sequence[Target], work: Work) -> Estimat
 
 @dataclass(frozen=True)
 class Room:
-    """What this machine has free. memory: of the device that computes, bytes. disk: of the run
-    folder. rate: floating-point operations per second of a matrix product, measured now. host: of
-    the processor's own memory, where factors go that would crowd a GPU."""
+    """What this machine has free for this process. memory: of the devices that compute, bytes.
+    disk: of the run folder. rate: floating-point operations per second of matrix products, measured
+    now. host: of the processor's own memory, where factors go that would crowd a GPU."""
 
     device: str
     memory: int
@@ -197,8 +218,9 @@ class Room:
 
 
 def room(device: str, folder: str | Path, dtype: torch.dtype = torch.float32) -> Room:
-    """Look at the machine: free memory (of the GPU or of this process's share of the CPU's), free
-    disk, and the speed of one matrix product."""
+    """Look at the machine: free memory (of all GPUs, of this process's own where there are several
+    processes, or of this process's share of the CPU's), free disk, and the speed of matrix
+    products in `dtype`."""
     import shutil
 
     import psutil
@@ -207,15 +229,33 @@ def room(device: str, folder: str | Path, dtype: torch.dtype = torch.float32) ->
     while not place.exists():
         place = place.parent
     # the launcher's other processes on this machine take as much
-    host = memory = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if device == "cuda":
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    host = memory = psutil.virtual_memory().available // processes
+    if device == "cuda" and (processes > 1 or world() > 1):
+        memory = torch.cuda.mem_get_info()[0]
+    elif device == "cuda":
         memory = sum(torch.cuda.mem_get_info(k)[0] for k in range(torch.cuda.device_count()))
-    x = torch.ones(512, 512, device=device, dtype=dtype)
+    rate = product_rate(device, dtype)
+    return Room(device, memory, shutil.disk_usage(place).free, rate, host)
+
+
+def product_rate(device: str, dtype: torch.dtype) -> float:
+    """Floating-point operations per second of matrix products, 8 of them one after the other: on a
+    GPU large enough (4,096) for starting and waiting not to count."""
+
+    def wait() -> None:
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    side, products = (4096 if device == "cuda" else 512), 8
+    x = torch.ones(side, side, device=device, dtype=dtype)
     x @ x
+    wait()
     started = time.perf_counter()
-    float((x @ x)[0, 0])
-    spent = time.perf_counter() - started
-    return Room(device, memory, shutil.disk_usage(place).free, 2 * 512**3 / spent, host)
+    for _ in range(products):
+        x @ x
+    wait()
+    return products * 2 * side**3 / (time.perf_counter() - started)
 
 
 def report(needed: Estimate, free: Room) -> str:
@@ -255,7 +295,7 @@ def refuse(needed: Estimate, free: Room) -> None:
         "one row": (max(needed.one_row, needed.one_trained_row), "lower --width"),
         "training": (
             needed.training - needed.weights,
-            "set --heal-tokens 0 and --attack-steps 0, or use a larger machine",
+            "set --heal-tokens 0, --attack-steps 0 and --harden 0, or use a larger machine",
         ),
     }
     if needed.weights > free.memory:

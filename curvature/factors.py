@@ -47,6 +47,7 @@ class Factors:
     tokens: int
 
 
+HALF = (torch.bfloat16, torch.float16)
 LEAF = 128
 """Side up to which a symmetric product is one matrix product, on a CPU."""
 LEAF_DEVICE = 512
@@ -70,9 +71,9 @@ def add_gram_(total: torch.Tensor, x: torch.Tensor, *, fresh: bool = False) -> N
 def add_product_(
     total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, fresh: bool = False
 ) -> None:
-    """total += left^T right, accumulated in total's precision; half-precision products stay on the
-    tensor cores. fresh: as in `add_gram_`."""
-    if left.is_cuda and left.dtype == right.dtype != total.dtype:
+    """total += left^T right, accumulated in total's precision; half-precision products into fp32
+    stay on the tensor cores (`out_dtype` is for these alone). fresh: as in `add_gram_`."""
+    if left.is_cuda and left.dtype == right.dtype in HALF and total.dtype == torch.float32:
         product = torch.mm(left.T, right, out_dtype=total.dtype)
         total.copy_(product) if fresh else total.add_(product)
     else:

@@ -6,6 +6,7 @@ models spread over devices and processes.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -51,6 +52,35 @@ def lanczos_run(
     return values, vectors[0] ** 2, np.abs(betas[k - 1] * vectors[-1])
 
 
+CONVERGED, ROUNDING = 1e-2, 1e-4
+"""Residual bound of a Ritz value that counts as an eigenvalue, relative to itself; what no bound is
+sure of, relative to the largest: products are made in fp32, or by differences."""
+
+
+def converged(runs: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[float]:
+    """Eigenvalues, largest in absolute value first, from each run's (Ritz values, residual bounds).
+
+    A Ritz value counts whose bound is below 1 % of it. Within its bound lies an eigenvalue, so two
+    runs' values whose bounds overlap are copies of one, and the one with the smaller bound stays. A
+    run has no eigenvalue twice: each of its values is a copy of another one, or new.
+    """
+    largest = max(float(np.abs(ritz).max()) for ritz, _ in runs)
+    candidates = sorted(
+        (max(float(e), ROUNDING * largest), float(r), run)
+        for run, (ritz, residual) in enumerate(runs)
+        for r, e in zip(ritz, residual, strict=True)
+        if e <= CONVERGED * abs(r)
+    )
+    kept: list[tuple[float, float, set[int]]] = []
+    for bound, value, run in candidates:
+        same = [k for k in kept if run not in k[2] and abs(value - k[1]) <= bound + k[0]]
+        if same:
+            min(same, key=lambda k: abs(value - k[1]))[2].add(run)
+        else:
+            kept.append((bound, value, {run}))
+    return sorted((value for _, value, _ in kept), key=lambda value: -abs(value))
+
+
 def lanczos_spectrum(
     product: CurvatureProduct,
     *,
@@ -65,8 +95,8 @@ def lanczos_spectrum(
     starts.
 
     The trace is size * the mean first Ritz moment (each run's start is a Hutchinson probe) with the
-    standard error over runs. The eigenvalues are the largest Ritz values in absolute value over all
-    runs whose residual bound is below 1 % of them; copies from other runs are merged.
+    standard error over runs. The eigenvalues are the largest in absolute value that any run has
+    found (`converged`). Raises ValueError for no step and for no run.
     """
     if steps < 1 or runs < 1:
         raise ValueError(f"{steps} steps and {runs} runs: expected at least one of each")
@@ -74,21 +104,19 @@ def lanczos_spectrum(
     values: list[float] = []
     weights: list[float] = []
     traces: list[float] = []
-    best: list[float] = []
+    found: list[tuple[np.ndarray, np.ndarray]] = []
     for _ in bar(progress, range(runs), unit="runs"):
         ritz, mass, residual = lanczos_run(product, rademacher(product.weights, generator), steps)
         values += ritz.tolist()
         weights += (mass / runs).tolist()
         traces.append(product.size * float(ritz @ mass))
-        found = [float(r) for r, e in zip(ritz, residual, strict=True) if e <= 0.01 * abs(r)]
-        best = found if len(found) > len(best) else best
-    best.sort(key=lambda e: -abs(e))
+        found.append((ritz, residual))
     error = float(np.std(traces, ddof=1) / math.sqrt(runs)) if runs > 1 else math.nan
     return Spectrum(
         name,
         product.size,
         product.tokens,
-        tuple(best[:top]),
+        tuple(converged(found)[:top]),
         float(np.mean(traces)),
         error,
         runs,

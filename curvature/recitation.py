@@ -260,7 +260,9 @@ def scan_recitation(
                 right = logits.argmax(-1) == ids[:, n - suffix :].to(logits.device)
                 shares: list[float | None] = [None] * len(part)
                 if energy is not None:
-                    by_target = [s[:, n - suffix :].mean(1).cpu() for s in energy.shares]
+                    # some architectures (OPT) take all rows in one line through the MLP
+                    by_row = [s.reshape(len(part), n) for s in energy.shares]
+                    by_target = [s[:, n - suffix :].mean(1).cpu() for s in by_row]
                     shares = torch.stack(by_target).mean(0).tolist()
                 found = []
                 for (k, start, window), row, share in zip(part, right, shares, strict=True):

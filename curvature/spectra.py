@@ -8,24 +8,27 @@ probe, and an eigensolver that torch still has.
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from curvature.forward import device_of, evaluation_mode, twice_differentiable
+from curvature.memory import is_out_of_memory
 from curvature.populations import Batch
+from curvature.processes import gathered
 from curvature.progress import bar
-from curvature.targets import Target
+from curvature.targets import Target, count_parameters
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,8 @@ def pyhessian_spectrum(
     label = name or ("model" if targets is None else ", ".join(t.name for t in targets))
     if any(p.dtype not in (torch.float32, torch.float64) for p in model.parameters()):
         raise ValueError(
-            f"{label}: second derivatives need float32 weights: load the model with dtype float32"
+            f"{label}: second derivatives need float32 weights: load the model with dtype float32, "
+            "or use `pyhessian_spectra`, which copies it"
         )
     packed = []
     for batch in batches:
@@ -198,58 +202,61 @@ def pyhessian_spectra(
     **settings: Any,
 ) -> dict[str, Spectrum]:
     """`pyhessian_spectrum` of each target by name and, with `whole_model`, of all weights under the
-    name `model`."""
-    jobs: list[tuple[str, list[Target] | None]] = [(t.name, [t]) for t in targets]
-    if whole_model:
-        jobs.append(("model", None))
-    return {
-        name: pyhessian_spectrum(model, batches, chosen, name=name, **settings)
-        for name, chosen in bar(progress, jobs, unit="spectra")
-    }
+    name `model`; of a model in half precision on a copy (`in_float32`)."""
+    with in_float32(model, targets) as (model, targets):
+        jobs: list[tuple[str, list[Target] | None]] = [(t.name, [t]) for t in targets]
+        if whole_model:
+            jobs.append(("model", None))
+        return {
+            name: pyhessian_spectrum(model, batches, chosen, name=name, **settings)
+            for name, chosen in bar(progress, jobs, unit="spectra")
+        }
 
 
-def plot_spectra(spectra: Mapping[str, Spectrum], path: str | Path) -> None:
-    """Write a PNG of the densities (log scale) of spectra that have one, with their top eigenvalues
-    as ticks.
+class NoRoom(ValueError):
+    """A model in half precision whose copy in float32 does not fit into memory."""
 
-    Raises ValueError where none has a density.
+
+@contextmanager
+def in_float32(
+    model: nn.Module, targets: Sequence[Target]
+) -> Iterator[tuple[nn.Module, list[Target]]]:
+    """The model and its targets as they are where all weights are float32 or float64; of a model in
+    half precision a copy in float32 on its devices, and the same targets in it by name.
+
+    The copy takes 4 bytes per weight beside the model's own 2, freed on leaving. Every process
+    makes one, or none does: where one process lacks the memory NoRoom is raised in all.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    shown = {name: s for name, s in spectra.items() if s.density_values}
-    if not shown:
-        raise ValueError("no spectrum has a density: ask for density_steps > 0")
-    figure, axes = pyplot.subplots(figsize=(6, 3.5), layout="constrained")
-    for name, spectrum in shown.items():
-        grid, density = density_curve(spectrum.density_values, spectrum.density_weights)
-        (line,) = axes.plot(grid, density + 1e-9, label=name, linewidth=1)
-        axes.plot(
-            spectrum.eigenvalues, [2e-6] * len(spectrum.eigenvalues), "|", color=line.get_color()
-        )
-    axes.set_yscale("log")
-    axes.set_ylim(bottom=1e-6)
-    axes.set_xlabel("eigenvalue of the Hessian (nats per token)")
-    axes.set_ylabel("density")
-    axes.legend(fontsize=6)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    if all(p.dtype in (torch.float32, torch.float64) for p in model.parameters()):
+        yield model, list(targets)
+        return
+    twin = _copied(model)
+    try:
+        if not all(gathered(twin is not None)) or twin is None:
+            size = 4 * count_parameters(model) / 2**30
+            raise NoRoom(
+                "second derivatives need float32 weights, and a copy in float32 of the model in "
+                f"half precision ({size:.2f} GiB) does not fit into memory"
+            )
+        yield twin, [replace(t, module=twin.get_submodule(t.name)) for t in targets]
+    finally:
+        if twin is not None:
+            # Whoever still holds the copy holds no weight. Not by its own `to`: where accelerate
+            # has placed the model, that is a function of the original's.
+            nn.Module.to(twin, "meta")
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
-def density_curve(
-    values: Sequence[float], weights: Sequence[float], points: int = 400, width: float = 0.02
-) -> tuple[np.ndarray, np.ndarray]:
-    """(grid, density) of a quadrature smoothed by Gaussians whose standard deviation is `width` of
-    the range; integrates to 1."""
-    v, w = np.asarray(values, float), np.asarray(weights, float)
-    if not len(v):
-        raise ValueError("the spectrum has no density: ask for density_steps > 0")
-    spread = max(float(v.max() - v.min()), 1e-12)
-    sigma = width * spread
-    grid = np.linspace(v.min() - 4 * sigma, v.max() + 4 * sigma, points)
-    bumps = np.exp(-((grid[:, None] - v[None]) ** 2) / (2 * sigma**2)) / (
-        sigma * math.sqrt(2 * math.pi)
-    )
-    return grid, bumps @ w
+def _copied(model: nn.Module) -> nn.Module | None:
+    """A copy in float32, or None where memory lacks. A CPU's is looked at first: its kernel
+    promises more than there is."""
+    needed = sum(4 * p.numel() for p in model.parameters() if p.device.type == "cpu")
+    if needed > psutil.virtual_memory().available:
+        return None
+    try:
+        return copy.deepcopy(model).float()
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return None

@@ -12,7 +12,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -131,28 +130,3 @@ def whitening_summary(
 def energy_ratios(profile: WhiteningProfile) -> np.ndarray:
     """Energy over the reference's energy, per bin."""
     return (np.array(profile.other) + 1e-9) / (np.array(profile.reference) + 1e-9)
-
-
-def plot_whitening(profiles: Mapping[str, WhiteningProfile], path: str | Path) -> None:
-    """Write a PNG: share of energy per bin of directions, flattest left, one thin line per target
-    and their mean."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6, 3.5), layout="constrained")
-    bins = min(len(p.other) for p in profiles.values())
-    x = (np.arange(bins) + 0.5) / bins
-    ratios = np.array([energy_ratios(p)[:bins] for p in profiles.values()])
-    axes.plot(x, ratios.T, color="tab:orange", alpha=0.25, linewidth=0.8)
-    axes.plot(
-        x, np.exp(np.log(ratios).mean(0)), color="tab:red", linewidth=2, label="mean of targets"
-    )
-    axes.axhline(1, color="black", linewidth=0.8, label="reference text")
-    axes.set_yscale("log")
-    axes.set_xlabel("directions of the reference's basis, flattest left")
-    axes.set_ylabel("energy relative to reference text")
-    axes.legend()
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from curvature.descent import Teacher, add_gradients
 from curvature.estimate import (
@@ -17,7 +17,6 @@ from curvature.estimate import (
     Work,
     estimate,
     factor_bytes,
-    parameters_of,
     refuse,
     report,
     room,
@@ -28,7 +27,7 @@ from curvature.estimate import (
 from curvature.factors import collect_factors, save_factors
 from curvature.forward import CausalForward, backward_from_loss, evaluation_mode
 from curvature.populations import Population, batches
-from curvature.targets import select_targets
+from curvature.targets import count_parameters, select_targets
 from evals.organism import world
 
 WORK = Work(
@@ -155,7 +154,7 @@ def test_a_training_step_takes_what_the_formula_says(case, taught, tokenizer, po
     work = replace(WORK, width=width, batch_size=rows, keep=1.0)
     said = estimate(model, select_targets(model), work)
     assert said.trained_rows == rows * width * trained_row_bytes(model)
-    gradients = 4 * parameters_of(model)
+    gradients = 4 * count_parameters(model)
     peak = peak_allocated(once, tmp_path)
     assert gradients + said.trained_rows + said.trained_logits == pytest.approx(peak, rel=0.15)
 
@@ -181,7 +180,7 @@ def test_the_factor_pass_multiplies_as_often_as_the_formula_says(coupled, tokeni
         factors = collect_factors(model, tokenizer, population, targets, **settings)
     found = whole.get_total_flops() - begun.get_total_flops()
     tokens = next(iter(factors.values())).tokens
-    said = tokens * token_operations(parameters_of(model), targets, coupled=coupled)
+    said = tokens * token_operations(count_parameters(model), targets, coupled=coupled)
     assert found == pytest.approx(said, rel=0.15)
 
 
@@ -198,6 +197,63 @@ def test_a_shape_without_weights_gives_the_same_estimate(tokenizer):
     )
     whole = estimate(real, select_targets(real), replace(WORK, keep=1.0))
     assert whole.training == 2 * a.weights + 2 * a.weights + 2 * a.weights + moments
+
+
+NAMES = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+OTHERS = {
+    "gpt2": {"n_embd": 64, "n_layer": 3, "n_head": 4},
+    "opt": {**NAMES, "ffn_dim": 256, "word_embed_proj_dim": 64},
+    "gptj": {"n_embd": 64, "n_layer": 3, "n_head": 4, "rotary_dim": 16},
+    "gpt_neo": {
+        "hidden_size": 64,
+        "num_layers": 3,
+        "num_heads": 4,
+        "attention_types": [[["global"], 3]],
+    },
+    "codegen": {"n_embd": 64, "n_layer": 3, "n_head": 4, "rotary_dim": 16},
+    "gpt_bigcode": {"n_embd": 64, "n_layer": 3, "n_head": 4},
+    "falcon": NAMES,
+    "bloom": {"hidden_size": 64, "n_layer": 3, "n_head": 4},
+    "mpt": {"d_model": 64, "n_layers": 3, "n_heads": 4, "expansion_ratio": 4},
+    "mamba": {"hidden_size": 64, "num_hidden_layers": 3, "state_size": 4},
+}
+"""Architectures whose configuration has other words for its widths, or none."""
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_widths_that_no_configuration_tells_are_read_off_the_matrices(kind, tokenizer):
+    config = AutoConfig.for_model(kind, vocab_size=len(tokenizer), **OTHERS[kind])
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    targets = select_targets(model, ["mixer" if kind == "mamba" else "mlp"])
+    # 4 bytes, three layers, hidden and attention 64, MLP 256, by the formulas of the module
+    m = 128 if kind == "mamba" else 256
+    assert row_bytes(model, targets) == 3 * (8 * 64 + 4 * (4 * 64 + 3 * m + 64)) + 4 * (m + 2 * 64)
+    trained = 3 * (6 * 64 + 5 * 64 + 4 * m) + m + 2 * 64
+    assert trained_row_bytes(model) == 4 * trained
+    if kind != "mamba":
+        inside = sum(t.parameters for t in targets)
+        whole, half = (estimate(model, targets, replace(WORK, keep=k)) for k in (1.0, 0.5))
+        assert whole.training - half.training == 4 * 6 * (inside - round(inside / 2))
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "opt", "falcon"])
+def test_the_factor_pass_of_other_shapes_is_about_right(kind, tokenizer, population, tmp_path):
+    """Within a third: the formula is a gated MLP's."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, vocab_size=len(tokenizer), **OTHERS[kind])
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    targets = select_targets(model)
+    rows, width = 8, 64
+
+    def once():
+        settings = {"tokens": rows * width - 8, "width": width, "batch_size": rows}
+        return collect_factors(model, tokenizer, population, targets, **settings)
+
+    once()
+    said = estimate(model, targets, replace(WORK, width=width, batch_size=rows))
+    peak = peak_allocated(once, tmp_path)
+    assert said.rows + said.logits == pytest.approx(peak, rel=1 / 3)
 
 
 def test_logits_in_chunks_are_the_logits(tokenizer, population, monkeypatch):
@@ -265,6 +321,52 @@ def test_the_machine_is_looked_at(tmp_path):
     assert not (tmp_path / "not").exists()
 
 
+@pytest.fixture
+def eight_gpus(monkeypatch):
+    """Eight GPUs of 80 GiB, simulated: a product is launched in 5 us and done in time by its size,
+    one after the other; whoever reads or synchronizes waits for all. Returns operations per
+    second."""
+    rate, clock = 5e14, {"now": 0.0, "done": 0.0}
+
+    def wait(device=None):
+        clock["now"] = max(clock["now"], clock["done"]) + 2e-5
+
+    class Matrix:
+        def __init__(self, rows, columns, **_):
+            self.shape = rows, columns
+
+        def __matmul__(self, other):
+            clock["now"] += 5e-6
+            work = 2 * self.shape[0] * self.shape[1] * other.shape[1] / rate
+            clock["done"] = max(clock["now"], clock["done"]) + work
+            return self
+
+        def __getitem__(self, place):
+            wait()
+            return 1.0
+
+    monkeypatch.setattr(torch, "ones", Matrix)
+    monkeypatch.setattr(torch.cuda, "synchronize", wait)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    # the one that this process took has less free than the others
+    monkeypatch.setattr(
+        torch.cuda, "mem_get_info", lambda k=7: ((70 + 10 * (k < 7)) << 30, 80 << 30)
+    )
+    monkeypatch.setattr("curvature.estimate.time.perf_counter", lambda: clock["now"])
+    return rate
+
+
+def test_one_process_of_many_has_its_own_gpu_alone(eight_gpus, monkeypatch, tmp_path):
+    assert room("cuda", tmp_path).memory == (7 * 80 + 70) << 30
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert room("cuda", tmp_path).memory == 70 << 30
+
+
+def test_the_speed_of_a_gpu_is_that_of_its_products(eight_gpus, tmp_path):
+    """Not of starting one and waiting for it, nor of starting alone."""
+    assert room("cuda", tmp_path).rate == pytest.approx(eight_gpus, rel=0.1)
+
+
 def test_published_sizes():
     """Parameters as published, and the fp32 factors (A and G alone) that other work reports."""
     from recipes.sizes import MARK, SHAPES, line, recipes, sized
@@ -304,4 +406,4 @@ def test_parameters_count_tied_weights_once(tokenizer):
         num_hidden_layers=1,
         tie_word_embeddings=True,
     )
-    assert parameters_of(tied) == sum({id(p): p.numel() for p in tied.parameters()}.values())
+    assert count_parameters(tied) == sum({id(p): p.numel() for p in tied.parameters()}.values())

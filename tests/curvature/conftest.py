@@ -28,6 +28,7 @@ ARCHITECTURES: dict[str, dict] = {
     "mistral": LLAMA_LIKE,
     "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 704, "n_positions": 64},
     "gpt_neox": {**TINY, "intermediate_size": 24},
+    "opt": {**TINY, "ffn_dim": 24, "word_embed_proj_dim": 16, "max_position_embeddings": 64},
     "mamba": {
         "hidden_size": 16,
         "num_hidden_layers": 2,

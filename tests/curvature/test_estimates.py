@@ -1,9 +1,8 @@
-"""Contrast, whitening profile, perturbation check and recitation scan."""
+"""Whitening profile, perturbation check and recitation scan."""
 
 import pytest
 import torch
 
-from curvature.contrast import contrast, weight_saliency
 from curvature.descent import fine_tune, population_loss
 from curvature.eigenbases import Eigenbasis, TargetEigenbases, eigenbases, eigh
 from curvature.factors import collect_factors
@@ -17,42 +16,9 @@ from curvature.perturbation import (
 from curvature.populations import Document, Population, batches
 from curvature.recitation import auroc, scan_recitation
 from curvature.targets import select_targets
-from curvature.whitening import plot_whitening, whitening_profile, whitening_profiles
+from curvature.whitening import whitening_profile, whitening_profiles
 
 SETTINGS = {"tokens": None, "width": 40, "batch_size": 4}
-
-
-def test_contrast_finds_what_only_memory_uses():
-    keep = {"x": torch.tensor([[1.0, 1.0, 0.0, 0.0]])}
-    memory = {"x": torch.tensor([[1.0, 0.0, 1.0, 0.0]])}
-    scores = contrast(memory, keep).scores["x"][0]
-    assert scores.argmax() == 2
-    assert scores.argmin() == 1
-    assert scores[0] == scores[3] == pytest.approx(0, abs=1e-6)
-    assert contrast(memory, keep).share_above(0.5) == 0.25
-    # A population's temper (its overall scale) does not matter.
-    assert torch.allclose(contrast({"x": 7 * memory["x"]}, keep).scores["x"][0], scores)
-
-
-def test_contrast_refuses_what_it_cannot_compare():
-    one = {"x": torch.ones(2)}
-    with pytest.raises(ValueError, match="same targets"):
-        contrast(one, {"y": torch.ones(2)})
-    with pytest.raises(ValueError, match="non-negative"):
-        contrast(one, {"x": torch.tensor([1.0, -1.0])})
-    with pytest.raises(ValueError, match="not all zero"):
-        contrast(one, {"x": torch.zeros(2)})
-    with pytest.raises(ValueError, match="shapes"):
-        contrast(one, {"x": torch.ones(3)})
-    with pytest.raises(ValueError, match="damping"):
-        contrast(one, one, damping=0)
-
-
-def test_saliency_is_the_quadratic_cost_of_zeroing(make_model):
-    (target,) = select_targets(make_model("gpt2"), ["mlp.c_fc"], [0])
-    curvature = {target.name: torch.full((target.d_out, target.d_in), 2.0)}
-    found = weight_saliency(curvature, [target])[target.name]
-    assert torch.allclose(found, target.weight.detach() ** 2)
 
 
 def test_reference_text_has_a_flat_profile_and_other_text_rises():
@@ -75,14 +41,12 @@ def test_reference_text_has_a_flat_profile_and_other_text_rises():
         whitening_profile("wrong", basis, torch.eye(7))
 
 
-def test_profiles_of_targets_and_their_plot(tiny_llama, tokenizer, plain, memorized, tmp_path):
+def test_profiles_of_targets(tiny_llama, tokenizer, plain, memorized):
     targets = select_targets(tiny_llama)
     reference = collect_factors(tiny_llama, tokenizer, plain, targets, **SETTINGS)
     other = collect_factors(tiny_llama, tokenizer, memorized, targets, **SETTINGS)
     profiles = whitening_profiles(eigenbases(reference), other)
     assert list(profiles) == [t.name for t in targets]
-    plot_whitening(profiles, tmp_path / "w.png")
-    assert (tmp_path / "w.png").stat().st_size > 1000
     with pytest.raises(ValueError, match="no factors of the other"):
         whitening_profiles(eigenbases(reference), {})
     with pytest.raises(ValueError, match="side"):
@@ -188,6 +152,24 @@ def test_flatness_is_the_share_of_energy_in_the_flattest_directions(tiny_llama, 
     k = round(0.6 * x.shape[1])
     expected = (x[:, :k].square().sum(1) / x.square().sum(1)).mean()
     assert scan.windows[0].flatness == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_scan_of_a_model_that_takes_all_rows_in_one_line(make_model, tokenizer):
+    """OPT's MLP sees [rows * width, d]: each row is as flat as alone."""
+    model = make_model("opt")
+    targets = select_targets(model, ["fc1", "fc2"])
+    texts = ["the old baker sees a river .", "a horse guards the golden castle ."]
+
+    def flatness(texts):
+        settings = {"prefix": 2, "suffix": 4, "stride": 16}
+        scan = scan_recitation(
+            model, tokenizer, texts, targets, identity_bases(targets), **settings
+        )
+        return [w.flatness for w in scan.windows]
+
+    both = flatness(texts)
+    assert both[0] != pytest.approx(both[1], rel=1e-3)
+    assert both == pytest.approx([*flatness(texts[:1]), *flatness(texts[1:])], rel=1e-5)
 
 
 def test_scan_refuses_short_text_and_missing_bases(tiny_llama, tokenizer):

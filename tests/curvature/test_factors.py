@@ -12,7 +12,14 @@ from curvature.artifacts import write_tensors
 from curvature.diagonals import factor_diagonals, fisher_diagonal, neuron_curvature
 from curvature.eigenbases import eigenbases
 from curvature.estimate import factor_bytes
-from curvature.factors import add_gram_, collect_factors, fill_lower_, load_factors, save_factors
+from curvature.factors import (
+    add_gram_,
+    add_product_,
+    collect_factors,
+    fill_lower_,
+    load_factors,
+    save_factors,
+)
 from curvature.forward import label_noise, loss_gradient, random_signs
 from curvature.populations import Batch, Document, Population, batches
 from curvature.targets import mlp_blocks, select_targets
@@ -481,6 +488,35 @@ def test_too_few_tokens_warn(tiny_llama, tokenizer):
         collect_factors(
             tiny_llama, tokenizer, few, select_targets(tiny_llama), **settings_for(tokens=None)
         )
+
+
+class OnGpu(torch.Tensor):
+    """A CPU tensor that says that it lies on a GPU."""
+
+    is_cuda = True
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_only_half_precision_is_multiplied_into_another_dtype(dtype, fresh, monkeypatch):
+    """CUDA's mm takes `out_dtype` for half precision alone; in float64 it raises."""
+    asked = []
+
+    def mm(left, right, out_dtype):
+        if left.dtype not in (torch.bfloat16, torch.float16):
+            raise RuntimeError("out_dtype is for half precision")
+        asked.append(out_dtype)
+        return (left.to(out_dtype).T.T @ right.to(out_dtype)).as_subclass(torch.Tensor)
+
+    monkeypatch.setattr(torch, "mm", mm)
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(9, n, generator=generator, dtype=torch.float64) for n in (3, 4))
+    left, right = (x.to(dtype).as_subclass(OnGpu) for x in (left, right))
+    total = torch.ones(3, 4)
+    add_product_(total, left, right, fresh=fresh)
+    expected = left.double().T @ right.double() + (not fresh)
+    assert relative(total.double(), expected.as_subclass(torch.Tensor)) < 1e-6
+    assert asked == ([torch.float32] if dtype.itemsize == 2 else [])
 
 
 def test_half_precision_accumulates_in_fp32(tiny_llama, tokenizer, population):

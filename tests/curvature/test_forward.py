@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -88,6 +89,31 @@ def test_inputs_are_freed_in_the_middle_of_the_forward_pass(tiny_llama, tokenize
     layers = len(tiny_llama.model.layers)
     assert alive[False] == (0, 2 * layers)
     assert alive[True] == (2 * layers, 2 * layers)
+
+
+def test_a_collector_may_square_its_gradients_in_place(tiny_llama):
+    """With inputs asked for, gradients are handed over as copies, whatever part of the tokens
+    counts; here all do, as in no batch made from text."""
+    ids = torch.arange(3, 11).reshape(2, 4)
+    batch = SimpleNamespace(ids=ids, counted=torch.ones_like(ids, dtype=torch.bool))
+    targets = select_targets(tiny_llama)
+
+    class Squares(_FactorSums):
+        def pair(self, target, a, g):
+            g.square_()
+
+    def gradient(collector):
+        seen = []
+        with evaluation_mode(tiny_llama, frozen=True), Capture(targets, collector) as capture:
+            capture.start(batch, 0)
+            embedded = tiny_llama.get_input_embeddings()(ids).detach().requires_grad_()
+            out = tiny_llama(inputs_embeds=embedded, use_cache=False).logits
+            with capture.during_backward():
+                out.square().sum().backward()
+            seen.append(embedded.grad)
+        return seen[0]
+
+    assert torch.equal(gradient(Squares(True)), gradient(_FactorSums(True)))
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "gpt2", "gpt_neox", "mamba"])
