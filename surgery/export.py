@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import shutil
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -19,7 +23,7 @@ from transformers import (
 )
 
 from curvature.artifacts import read_json, write_json
-from surgery.shapes import own_type
+from surgery.shapes import own_type, without_weights
 
 PROBE_TEXT = "The quick brown fox jumps over the lazy dog. 0123456789"
 
@@ -160,17 +164,91 @@ def check_round_trip(
         raise ValueError(f"{folder}: the tokenizer lost its chat template")
 
 
-def save_weights(model: PreTrainedModel, folder: str | Path, max_shard_size: str = "5GB") -> bool:
-    """Weights and config, with a modelling file of our own where no plain class holds the shapes;
-    returns whether there is one (loading then asks for trust_remote_code)."""
-    folder = Path(folder)
-    model.save_pretrained(folder, max_shard_size=max_shard_size)
+def converted(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """A copy of `model` as `from_pretrained(dtype=dtype)` holds it.
+
+    Weights and saved buffers become `dtype`, except those that the architecture keeps in a
+    precision of its own; a buffer that is computed and not saved (the frequencies of rotary
+    positions, fp32 in any model) gets the dtype in which loading computes it.
+    """
+    like = without_weights(model, dtype)
+    own = {name: t.dtype for name, t in (*like.named_parameters(), *like.named_buffers())}
+    pinned = model._get_dtype_plan(dtype)
+    copied = copy.deepcopy(model)
+    for name, tensor in (*copied.named_parameters(), *copied.named_buffers()):
+        if not tensor.is_floating_point():
+            continue
+        patterns = (p for p in pinned if re.search(p.replace("*", ".*"), name))
+        pattern = next(patterns, None)
+        wanted = own.get(name, dtype) if pattern is None else pinned[pattern]
+        tensor.data = tensor.data.to(wanted)
+    return copied
+
+
+@contextmanager
+def _naming(folder: Path) -> Iterator[None]:
+    """What fails while files are written is an OSError in one sentence that names `folder`."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise OSError(f"{folder} could not be written: {reason}") from error
+
+
+@contextmanager
+def _replacing(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside `folder` that takes its place at the end; whatever fails, nothing
+    half-written stays and what stood there is left as it was."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    mark = uuid.uuid4().hex[:8]
+    temporary = folder.parent / f".{folder.name}.{mark}.partial"
+    try:
+        yield temporary
+        if folder.exists():
+            replaced = folder.parent / f".{folder.name}.{mark}.replaced"
+            os.replace(folder, replaced)
+            os.replace(temporary, folder)
+            shutil.rmtree(replaced)
+        else:
+            os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_weights(model: PreTrainedModel, folder: Path, max_shard_size: str) -> bool:
+    """`save_weights`, straight into `folder`."""
     shaped = own_type(model)
+    # Loading renames the keys of older formats (GPT-NeoX, experts) for plain classes alone.
+    original = shaped is None
+    model.save_pretrained(folder, max_shard_size=max_shard_size, save_original_format=original)
     if shaped is not None:
         record = read_json(folder / "config.json")
         write_json(folder / "config.json", {**record, **shaped.changes})
         (folder / shaped.file).write_text(shaped.source, encoding="utf-8")
     return shaped is not None
+
+
+def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Raises OSError where the files cannot be written."""
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:
+        # The tokenizers library has no type of its own for a full disk.
+        if type(error) is not Exception:
+            raise
+        raise OSError(str(error)) from error
+
+
+def save_weights(model: PreTrainedModel, folder: str | Path, max_shard_size: str = "5GB") -> bool:
+    """Weights and config, with a modelling file of our own where no plain class holds the shapes;
+    returns whether there is one (loading then asks for trust_remote_code).
+
+    Written whole or not at all. Raises OSError, naming the folder, where it cannot be written (a
+    full disk), ValueError for shapes that `own_type` refuses.
+    """
+    folder = Path(folder)
+    with _naming(folder), _replacing(folder) as temporary:
+        return _write_weights(model, temporary, max_shard_size)
 
 
 def export(
@@ -192,32 +270,20 @@ def export(
     `folder`, checked (`check_round_trip`), and renamed; whatever fails, nothing half-written stays
     and an existing folder is left as it was. Returns {"bytes": size of the weight files,
     "parameters": count}. Raises ValueError for what `check_exportable`, `check_folder` and
-    `check_round_trip` refuse; OSError (a full disk) passes through.
+    `check_round_trip` refuse; OSError, naming the folder, where it cannot be written (a full disk).
     """
     check_exportable(model)
     folder = check_folder(folder, overwrite)
     if dtype is not None and dtype != model.dtype:
-        copied: Any = copy.deepcopy(model)
-        model = copied.to(dtype)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    mark = uuid.uuid4().hex[:8]
-    temporary = folder.parent / f".{folder.name}.{mark}.partial"
-    try:
-        shaped = save_weights(model, temporary, max_shard_size)
-        tokenizer.save_pretrained(temporary)
-        (temporary / "README.md").write_text(card, encoding="utf-8")
+        model = converted(model, dtype)
+    with _replacing(folder) as temporary:
+        with _naming(folder):
+            shaped = _write_weights(model, temporary, max_shard_size)
+            _write_tokenizer(tokenizer, temporary)
+            (temporary / "README.md").write_text(card, encoding="utf-8")
         # Only our own modelling file is run here, written a moment ago.
         own_code = trust_remote_code or shaped
         check_round_trip(temporary, model, tokenizer, own_code)
-        if folder.exists():
-            replaced = folder.parent / f".{folder.name}.{mark}.replaced"
-            os.replace(folder, replaced)
-            os.replace(temporary, folder)
-            shutil.rmtree(replaced)
-        else:
-            os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return {
         "bytes": sum(f.stat().st_size for f in folder.glob("*.safetensors")),
         "parameters": sum(p.numel() for p in model.parameters()),

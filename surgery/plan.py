@@ -23,14 +23,12 @@ class Plan:
     name>.weight`, in the model's dtype.
     kind `neurons`: `tensors` holds for each layer `layers.<n>.keep` (int64, ascending) and
     `layers.<n>.scores` (fp32, one per neuron; low goes first).
-    kind `layers`: `tensors` holds `keep` (int64): the decoder layers that stay, and `scores`.
-    kind `low_rank`: `tensors` holds `<target name>.left` [d_out, r] and `<target name>.right` [r,
-    d_in]. removed, total: number of components. predicted_cost: nats per token by population, or
-    None where not predicted.
+    removed, total: number of components. predicted_cost: nats per token by population, or None
+    where not predicted.
     """
 
     method: str
-    kind: Literal["edit", "neurons", "layers", "low_rank"]
+    kind: Literal["edit", "neurons"]
     model_sha256: str
     settings: dict[str, Any]
     tensors: dict[str, torch.Tensor] = field(repr=False)
@@ -83,6 +81,11 @@ def load_plan(folder: str | Path) -> Plan:
     if record.get("schema") != SCHEMA:
         raise ValueError(
             f"{folder / 'plan.json'} has schema {record.get('schema')!r}, expected {SCHEMA}: make "
+            "the plan again"
+        )
+    if record["kind"] not in ("edit", "neurons"):
+        raise ValueError(
+            f"{folder / 'plan.json'} is of kind {record['kind']!r}, expected edit or neurons: make "
             "the plan again"
         )
     tensors, metadata = read_tensors(folder / "plan.safetensors")

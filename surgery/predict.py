@@ -89,8 +89,6 @@ def plan_deltas(model: nn.Module, plan: Plan) -> dict[str, torch.Tensor]:
             delta[:, keep.to(delta.device)] = 0
             deltas[blocks[layer].down.name] = delta
         return deltas
-    if plan.kind != "edit":
-        raise ValueError(f"no cost is predicted for a plan of kind {plan.kind}: it changes shapes")
     names = [name.removesuffix(".weight") for name in plan.tensors]
     if not names:
         return {}
@@ -103,18 +101,35 @@ def plan_deltas(model: nn.Module, plan: Plan) -> dict[str, torch.Tensor]:
     return deltas
 
 
+def without_columns(model: nn.Module, plan: Plan) -> dict[str, torch.Tensor]:
+    """The stored weight of every down projection with the columns of the plan's removed neurons at
+    zero, by parameter name. plan: of kind `neurons`."""
+    blocks = {block.layer: block for block in mlp_blocks(model)}
+    tensors = {}
+    for layer, keep in kept_neurons(plan, list(blocks.values())).items():
+        down = blocks[layer].down
+        gone = torch.ones(down.d_in, dtype=torch.bool)
+        gone[keep] = False
+        stored = down.parameter.detach().clone()
+        columns = stored.T if down.kind == "conv1d" else stored
+        columns[:, gone.to(stored.device)] = 0
+        tensors[f"{down.name}.weight"] = stored
+    return tensors
+
+
 @torch.no_grad()
 def partly(model: nn.Module, plan: Plan, scale: float) -> Plan:
-    """The plan that moves every weight of `model` by `scale` times what `plan` moves it by. plan:
-    of kind `edit`. Raises ValueError for another kind."""
-    if plan.kind != "edit":
-        raise ValueError(f"a plan of kind {plan.kind} cannot be made in part")
+    """The edit that moves every weight of `model` by `scale` times what `plan` moves it by.
+
+    Of a plan of kind `neurons` only down moves, as in `plan_deltas`: the columns of removed neurons
+    are scaled by 1 - scale.
+    """
+    wanted = without_columns(model, plan) if plan.kind == "neurons" else plan.tensors
     weights = dict(model.named_parameters())
     tensors = {
-        name: torch.lerp(weights[name].detach().to(new), new, scale)
-        for name, new in plan.tensors.items()
+        name: torch.lerp(weights[name].detach().to(new), new, scale) for name, new in wanted.items()
     }
-    return replace(plan, tensors=tensors)
+    return replace(plan, kind="edit", tensors=tensors)
 
 
 def quadratic_cost(deltas: Mapping[str, torch.Tensor], factors: Mapping[str, Factors]) -> float:
@@ -171,7 +186,9 @@ def _shifts(
                 first_row += len(batch.ids)
                 tokens += int(batch.scored.sum())
                 if shift is not None:
-                    total += float(reduce(shift).double().sum())
+                    # some architectures (OPT) take all rows in one line through the MLP
+                    rows = shift.reshape(batch.ids.shape)
+                    total += float(reduce(rows).double().sum())
         finally:
             for handle in handles:
                 handle.remove()

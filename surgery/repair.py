@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 import torch
 from torch import nn
@@ -12,14 +12,15 @@ from transformers import PreTrainedModel
 
 from curvature.factors import Factors
 from curvature.populations import Batch
-from curvature.targets import mlp_blocks
+from curvature.targets import Target, mlp_blocks
 from surgery.operate import kept_neurons
 from surgery.plan import Plan
+from surgery.shrink import added_biases
 
 
 def refitted(weight: torch.Tensor, A: torch.Tensor, keep: torch.Tensor, eps: float) -> torch.Tensor:
-    """W_S = W A_{:,S} (A_SS + eps I)^-1: [d_out, |S|] fp64, the least-squares fit of W a by the
-    kept inputs alone.
+    """W_S = W_{:,S} + W_{:,gone} A_{gone,S} (A_SS + eps I)^-1: [d_out, |S|] fp64, the least-squares
+    fit of W a by the kept inputs alone.
 
     Minimizes E|W a - W_S a_S|^2 + eps |W_S - W_{:,S}|^2 with A = E[a a^T] (the ridge pulls towards
     the weights as they were, so that a full S gives W back exactly). weight: [d_out, d_ff]; A:
@@ -73,30 +74,141 @@ def refit(
     return left
 
 
-class _Stop(Exception):
-    """Raised by a hook to end a forward pass once its layer was reached."""
-
-
 @torch.no_grad()
 def with_mlp_bias(model: PreTrainedModel) -> PreTrainedModel:
     """A copy of `model` whose MLP matrices have biases (zero ones), where the architecture knows
-    them (`mlp_bias`, as Llama has).
+    them (`mlp_bias`, as Llama has); as it is where every down projection has one already (GPT-2).
 
     `refit_in_order` then puts the mean output of removed neurons into down's bias. Raises
     ValueError for an architecture without MLP biases.
     """
+    richer = copy.deepcopy(model)
+    added = added_biases(richer)
+    if not added:
+        return richer
     if not hasattr(model.config, "mlp_bias"):
         raise ValueError(f"{type(model).__name__} has no MLP biases to hold a mean output")
-    richer = copy.deepcopy(model)
-    for block in mlp_blocks(richer):
-        for target in block.targets:
-            if target.bias is None:
-                zeros = torch.zeros(
-                    target.d_out, device=target.weight.device, dtype=target.weight.dtype
-                )
-                target.module.bias = nn.Parameter(zeros)
+    for target in added:
+        zeros = torch.zeros(target.d_out, device=target.weight.device, dtype=target.weight.dtype)
+        target.module.bias = nn.Parameter(zeros)
     richer.config.mlp_bias = True
     return richer
+
+
+class _Stop(Exception):
+    """Raised by a hook to end a forward pass once its layer was reached."""
+
+
+Pairs = Iterable[tuple[torch.Tensor, torch.Tensor]]
+"""Per batch, fp64: what the small down projection reads, [tokens, d_ff], and what it should give,
+[tokens, d_out]."""
+
+
+def _layer_name(target: Target) -> str:
+    """Name of the decoder layer that a matrix is part of: up to the first number."""
+    parts = target.name.split(".")
+    return ".".join(parts[: next(k for k, part in enumerate(parts) if part.isdigit()) + 1])
+
+
+def _adds_to_stream(model: nn.Module) -> bool:
+    """Whether the MLP's output goes to the residual stream as it is, with no norm behind it."""
+    if any("post_feedforward" in name for name, _ in model.named_modules()):
+        return False
+    return getattr(getattr(model, "config", None), "do_layer_norm_before", True)
+
+
+class _Watch:
+    """A forward pass of one model as far as one layer: what its down projection read and gave and,
+    with `stream`, what the layer gave."""
+
+    def __init__(self, model: nn.Module, down: Target, stream: bool) -> None:
+        self.model, self.down, self.stream = model, down, stream
+
+    def _after_down(
+        self, module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor
+    ) -> None:
+        self.read, self.gave = inputs[0], output
+        if not self.stream:
+            raise _Stop
+
+    def _after_layer(
+        self, module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor
+    ) -> None:
+        self.layer = output[0] if isinstance(output, tuple) else output
+        raise _Stop
+
+    def __call__(self, ids: torch.Tensor, mask: torch.Tensor) -> None:
+        with ExitStack() as hooks:
+            handle = self.down.module.register_forward_hook(self._after_down)
+            hooks.callback(handle.remove)
+            if self.stream:
+                layer = self.model.get_submodule(_layer_name(self.down))
+                handle = layer.register_forward_hook(self._after_layer)
+                hooks.callback(handle.remove)
+            with suppress(_Stop):
+                self.model(input_ids=ids, attention_mask=mask)
+        # Some architectures (OPT) take the positions of all rows in one line through the MLP.
+        self.read, self.gave = (x.reshape(*ids.shape, -1) for x in (self.read, self.gave))
+
+
+def _pairs(small: _Watch, teacher: _Watch, batches: Iterable[Batch]) -> Pairs:
+    """What the down projection of `small` reads and should give, batch by batch."""
+    device = next(small.model.parameters()).device
+    for batch in batches:
+        ids, mask = batch.ids.to(device), batch.mask.to(device)
+        small(ids, mask)
+        teacher(ids, mask)
+        valid = mask.bool()
+        y = teacher.gave[valid].double()
+        if small.stream:
+            missing = teacher.layer - teacher.gave - small.layer + small.gave
+            y = y + missing[valid].double()
+        yield small.read[valid].double(), y
+
+
+def _fit_columns(down: Target, pairs: Pairs, eps: float) -> None:
+    """W, b <- argmin E|y - W a - b|^2 + eps |(W, b) - (W_0, b_0)|^2, in place; b where there is
+    one."""
+    weight, bias = down.weight, down.bias
+    old = weight if bias is None else torch.cat([weight, bias[:, None]], dim=1)
+    d_out, d_in = old.shape
+    square = torch.zeros(d_in, d_in, dtype=torch.float64, device=old.device)
+    cross = torch.zeros(d_out, d_in, dtype=torch.float64, device=old.device)
+    tokens = 0
+    for a, y in pairs:
+        if bias is not None:
+            # A constant input: the mean output of what was removed goes into the bias.
+            a = torch.cat([a, a.new_ones(len(a), 1)], dim=1)
+        square += a.T @ a
+        cross += y.T @ a
+        tokens += len(a)
+    _check_tokens(tokens)
+    square, cross = square / tokens, cross / tokens
+    # The constant input is no measure of the scale of the others.
+    ridge = eps * square.diagonal()[: weight.shape[1]].mean()
+    eye = torch.eye(d_in, dtype=square.dtype, device=square.device)
+    new = torch.linalg.solve(square + ridge * eye, (cross + ridge * old.double()).T).T
+    weight.copy_(new[:, : weight.shape[1]])
+    if bias is not None:
+        bias.copy_(new[:, -1])
+
+
+def _fit_bias(down: Target, pairs: Pairs) -> None:
+    """b <- E[y - W a], in place."""
+    bias, weight = down.bias, down.weight.double()
+    if bias is None:
+        raise ValueError(f"{down.name} has no bias to fit: give the model biases (with_mlp_bias)")
+    total, tokens = torch.zeros_like(bias, dtype=torch.float64), 0
+    for a, y in pairs:
+        total += (y - a @ weight.T).sum(0)
+        tokens += len(a)
+    _check_tokens(tokens)
+    bias.copy_(total / tokens)
+
+
+def _check_tokens(tokens: int) -> None:
+    if tokens == 0:
+        raise ValueError("the repair got no tokens: give a keep population with text")
 
 
 @torch.no_grad()
@@ -107,6 +219,7 @@ def refit_in_order(
     *,
     eps: float = 1e-4,
     stream: bool | None = None,
+    columns: bool = True,
 ) -> None:
     """Refit every `down_proj` of `small` in place, layer by layer, against `model` as the teacher.
 
@@ -115,87 +228,20 @@ def refit_in_order(
     from E[y a^T] and E[a a^T]. The error that earlier layers left is so seen, and partly undone, by
     the later ones. stream: y also holds the difference of the two residual streams before the MLP's
     output is added (only where the down projection's output goes to the stream as it is, without a
-    norm behind it).
+    norm behind it). columns: fit W, and the bias where there is one; else the bias alone, b <- E[y
+    - W a]: the mean output of what was removed.
 
     batches: a callable that yields the same batches at every call. Costs two forward passes of
-    `batches` per layer. Raises ValueError where no token came.
+    `batches` per layer. Raises ValueError where no token came and, without `columns`, where a down
+    projection has no bias.
     """
     if stream is None:
-        stream = not any("post_feedforward" in name for name, _ in small.named_modules())
-    device = next(small.parameters()).device
+        stream = _adds_to_stream(small)
     teachers = {block.layer: block for block in mlp_blocks(model)}
     for block in mlp_blocks(small):
-        teacher = teachers[block.layer]
-        seen: dict[str, torch.Tensor] = {}
-
-        def catch(key: str, seen: dict[str, torch.Tensor] = seen) -> Callable[..., None]:
-            def hook(
-                module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor
-            ) -> None:
-                seen[key], seen[f"{key} out"] = inputs[0], output
-                if not stream:
-                    raise _Stop
-
-            return hook
-
-        def catch_layer(key: str, seen: dict[str, torch.Tensor] = seen) -> Callable[..., None]:
-            def hook(
-                module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor
-            ) -> None:
-                seen[f"{key} stream"] = output[0] if isinstance(output, tuple) else output
-                raise _Stop
-
-            return hook
-
-        weight = block.down.weight
-        bias = block.down.bias
-        d_out, d_in = weight.shape
-        old = weight if bias is None else torch.cat([weight, bias[:, None]], dim=1)
-        d_in = old.shape[1]
-        square = torch.zeros(d_in, d_in, dtype=torch.float64, device=device)
-        cross = torch.zeros(d_out, d_in, dtype=torch.float64, device=device)
-        tokens = 0
-        with ExitStack() as hooks:
-            for key, part, whole in (("small", block, small), ("teacher", teacher, model)):
-                handle = part.down.module.register_forward_hook(catch(key))
-                hooks.callback(handle.remove)
-                if stream:
-                    layer_name = part.down.name.rsplit(".", 2)[0]
-                    handle = whole.get_submodule(layer_name).register_forward_hook(catch_layer(key))
-                    hooks.callback(handle.remove)
-            for batch in batches():
-                ids, mask = batch.ids.to(device), batch.mask.to(device)
-                for whole in (small, model):
-                    try:
-                        whole(input_ids=ids, attention_mask=mask)
-                    except _Stop:
-                        continue
-                valid = mask.bool()
-                a = seen["small"][valid].double()
-                y = seen["teacher out"][valid].double()
-                if stream:
-                    y = (
-                        y
-                        + (
-                            seen["teacher stream"]
-                            - seen["teacher out"]
-                            - seen["small stream"]
-                            + seen["small out"]
-                        )[valid].double()
-                    )
-                if block.down.bias is not None:
-                    # A constant input: the mean output of what was removed goes into the bias.
-                    a = torch.cat([a, a.new_ones(len(a), 1)], dim=1)
-                square += a.T @ a
-                cross += y.T @ a
-                tokens += len(a)
-        if tokens == 0:
-            raise ValueError("the repair got no tokens: give a keep population with text")
-        square, cross = square / tokens, cross / tokens
-        # The constant input is no measure of the scale of the others.
-        ridge = eps * square.diagonal()[: weight.shape[1]].mean()
-        eye = torch.eye(d_in, dtype=square.dtype, device=device)
-        new = torch.linalg.solve(square + ridge * eye, (cross + ridge * old.double()).T).T
-        weight.copy_(new[:, : weight.shape[1]])
-        if bias is not None:
-            bias.copy_(new[:, -1])
+        teacher = _Watch(model, teachers[block.layer].down, stream)
+        pairs = _pairs(_Watch(small, block.down, stream), teacher, batches())
+        if columns:
+            _fit_columns(block.down, pairs, eps)
+        else:
+            _fit_bias(block.down, pairs)

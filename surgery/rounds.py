@@ -125,8 +125,7 @@ def next_round(
         seed=seed,
         targets=targets,
         keep=weights,
-        balance=False,
-        **settings,
+        **{"balance": False, **settings},
     )
     edited = operate(model, plan, copy_model=True, check=False)
     return Round(number, plan, edited, pull)

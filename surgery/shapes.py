@@ -4,23 +4,27 @@ their own and the small modelling file that travels beside the weights.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from accelerate import init_empty_weights
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from curvature.targets import DOWN, GATE, UP, layer_of
-from surgery.shrink import WIDTHS
+from curvature.targets import layer_of
 
 SOURCE = '''"""Written by Lethe: not all matrices here are shaped as {architecture} has them.
 
-`shapes` in config.json names every linear layer that differs: [outputs, inputs], or
+`shapes` in config.json names every matrix that differs: [outputs, inputs], or
 [outputs, rank, inputs] for a product of two. Load with trust_remote_code=True.
 """
 
 from torch import nn
 from transformers import {config}, {model}, {causal}
+from transformers.pytorch_utils import Conv1D
 
 
 def reshape(module, prefix, shapes):
@@ -29,8 +33,11 @@ def reshape(module, prefix, shapes):
             continue
         parent, _, leaf = name.removeprefix(prefix).rpartition(".")
         parent = module.get_submodule(parent)
-        bias = getattr(parent, leaf).bias is not None
-        if len(shape) == 2:
+        old = getattr(parent, leaf)
+        bias = old.bias is not None
+        if isinstance(old, Conv1D):
+            new = Conv1D(*shape)
+        elif len(shape) == 2:
             new = nn.Linear(shape[1], shape[0], bias=bias)
         else:
             new = nn.Sequential(
@@ -79,39 +86,38 @@ class OwnType:
     file: str = "modeling_lethe.py"
 
 
+def without_weights(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """What the configuration of `model` alone describes: a model of its class without weights (on
+    the meta device), its buffers as loading in `dtype` computes them."""
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "shapes"):
+        config.shapes = {}
+    with init_empty_weights(), torch.random.fork_rng(devices=[]):
+        return type(model)._from_config(config, dtype=dtype or model.dtype)
+
+
 def own_type(model: PreTrainedModel) -> OwnType | None:
     """The own model type that `model` needs, or None where the plain class holds it.
 
-    Compared are all linear layers inside decoder layers with what the configuration's width says.
-    Raises ValueError for a factored matrix that is not two linear layers.
+    Compared are all matrices inside decoder layers with those of the plain class. Raises ValueError
+    for a factored matrix that is not two linear layers.
     """
     shapes: dict[str, list[int]] = {}
-    widths: dict[str, set[tuple[int, ...]]] = {}
+    expected = {
+        name: _shape(module)
+        for name, module in without_weights(model).named_modules()
+        if layer_of(name) >= 0 and isinstance(module, nn.Linear | Conv1D)
+    }
     for name, module in model.named_modules():
-        if layer_of(name) < 0:
+        if name not in expected:
             continue
         if isinstance(module, nn.Sequential) and len(module) == 2:
             right, left = module
             if not (isinstance(right, nn.Linear) and isinstance(left, nn.Linear)):
                 raise ValueError(f"{name} is a product that Lethe did not make: it cannot be saved")
             shapes[name] = [left.out_features, right.out_features, right.in_features]
-    factored = tuple(f"{name}." for name in shapes)
-    text = model.config.get_text_config()
-    attribute = next((w for w in WIDTHS if isinstance(getattr(text, w, None), int)), None)
-    for name, module in model.named_modules():
-        if layer_of(name) < 0 or name.startswith(factored) or not isinstance(module, nn.Linear):
-            continue
-        kind = ".".join("*" if part.isdigit() else part for part in name.split("."))
-        shape = (module.out_features, module.in_features)
-        widths.setdefault(kind, set()).add(shape)
-        mlp_side = _mlp_side(name, module)
-        if attribute is not None and mlp_side is not None and mlp_side != getattr(text, attribute):
-            shapes[name] = list(shape)
-    odd = [kind for kind, found in widths.items() if len(found) > 1]
-    if not shapes and odd:
-        raise ValueError(
-            f"layers differ in the shape of {odd[0]}, and the configuration cannot say so"
-        )
+        elif isinstance(module, nn.Linear | Conv1D) and _shape(module) != expected[name]:
+            shapes[name] = list(_shape(module))
     if not shapes:
         return None
     causal, config, body = (_plain(x) for x in (model, model.config, model.base_model))
@@ -148,11 +154,8 @@ def _plain(thing: object) -> str:
     )
 
 
-def _mlp_side(name: str, module: nn.Linear) -> int | None:
-    """The MLP width that a linear layer has, from its last name; None where it is not part of an
-    MLP.
-    """
-    last = name.rpartition(".")[2]
-    if last in (*GATE, *UP):
-        return module.out_features
-    return module.in_features if last in DOWN else None
+def _shape(module: nn.Linear | Conv1D) -> tuple[int, int]:
+    """[outputs, inputs] of a matrix."""
+    if isinstance(module, Conv1D):
+        return module.nf, module.nx
+    return module.out_features, module.in_features

@@ -15,9 +15,26 @@ from curvature.factors import Factors
 from curvature.targets import Target, count_parameters, mlp_blocks
 from surgery.operate import kept_neurons
 from surgery.plan import Plan, check_plan
+from surgery.rankings.base import leading
 
 WIDTHS = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "d_ff")
 """Names that configurations have for the MLP's width."""
+
+PER_LAYER = (
+    "layer_types",
+    "mlp_layer_types",
+    "layers_block_type",
+    "attention_layers",
+    "indexer_types",
+    "no_rope_layers",
+    "layer_rope_theta",
+    "intermediate_size",
+    "num_attention_heads_per_layer",
+    "activation_sparsity_pattern",
+    "swiglu_limits",
+    "swiglu_limits_shared",
+)
+"""Names that configurations have for lists with one entry per decoder layer."""
 
 
 def _slice(target: Target, index: torch.Tensor, dim: int) -> None:
@@ -98,14 +115,32 @@ def shrink(
     return small
 
 
-def neurons_for(model: nn.Module, parameters: float) -> float:
+def added_biases(model: nn.Module) -> list[Target]:
+    """The MLP matrices that an empty bias has to be added to before every down projection has one:
+    none where all have theirs."""
+    blocks = mlp_blocks(model)
+    if all(block.down.bias is not None for block in blocks):
+        return []
+    return [t for block in blocks for t in block.targets if t.bias is None]
+
+
+def neurons_for(model: nn.Module, parameters: float, *, bias: bool = False) -> float:
     """Share of MLP neurons to keep so that at most the share `parameters` of all parameters stays.
 
-    Raises ValueError where more lies outside of the MLPs than may stay.
+    bias: the result gets the biases of `surgery.repair.with_mlp_bias`, which count. Raises
+    ValueError where more lies outside of the MLPs than may stay.
     """
     everything = count_parameters(model)
-    inside = sum(t.weight.numel() for block in mlp_blocks(model) for t in block.targets)
-    share = 1 - (1 - parameters) * everything / inside
+    blocks = mlp_blocks(model)
+    inside = sum(t.weight.numel() for block in blocks for t in block.targets)
+    # a neuron takes its entries of the biases of gate and up along; down's stay
+    ups = [t for block in blocks for t in (block.gate, block.up) if t is not None]
+    inside += sum(t.d_out for t in ups if t.bias is not None)
+    added = added_biases(model) if bias else []
+    new = sum(t.d_out for t in added)
+    share = 1 - ((1 - parameters) * everything + new) / (
+        inside + sum(t.d_out for t in added if t in ups)
+    )
     if share <= 0:
         raise ValueError(
             f"shrink {parameters:g} cannot be met: {1 - inside / everything:.3g} of the parameters "
@@ -114,16 +149,9 @@ def neurons_for(model: nn.Module, parameters: float) -> float:
     return share
 
 
-def drop_layers(model: PreTrainedModel, keep: Sequence[int]) -> PreTrainedModel:
-    """A new model of the same class with only the decoder layers `keep`, in the model's order.
-
-    The configuration loses `layer_types` and other per-layer lists of the dropped layers, and every
-    `layer_idx` is renumbered (the cache is addressed by it), so that the result loads in the plain
-    class. Raises ValueError for layers that do not exist, none at all, and a model whose decoder
-    layers are not found.
-    """
-    config = model.config.get_text_config()
-    count = getattr(config, "num_hidden_layers", None)
+def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """Name and modules of the decoder layers. Raises ValueError where they are not found."""
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     lists = [
         (name, module)
         for name, module in model.named_modules()
@@ -133,11 +161,50 @@ def drop_layers(model: PreTrainedModel, keep: Sequence[int]) -> PreTrainedModel:
         raise ValueError(
             f"{type(model).__name__}: its decoder layers were not found, so none can be dropped"
         )
+    return lists[0]
+
+
+def layers_to_drop(
+    model: PreTrainedModel, order: Sequence[int], parameters: float
+) -> tuple[int, ...]:
+    """The fewest layers, taken from the front of `order`, without which at most the share
+    `parameters` of all parameters stays; in the model's order.
+
+    order: the layers that may go, the first goes first; one layer stays in any case. Raises
+    ValueError for layers that do not exist and where more than that stays.
+    """
+    layers = decoder_layers(model)[1]
+    if len(set(order)) < len(order) or not set(order) <= set(range(len(layers))):
+        raise ValueError(
+            f"order {list(order)}: expected layers from 0 to {len(layers) - 1}, each once"
+        )
+    everything = left = count_parameters(model)
+    dropped = 0
+    while left > parameters * everything and dropped < min(len(order), len(layers) - 1):
+        left -= count_parameters(layers[order[dropped]])
+        dropped += 1
+    if left > parameters * everything:
+        raise ValueError(
+            f"shrink {parameters:g} cannot be met by dropping layers: without all that may go "
+            f"{left / everything:.3g} of the parameters stay; ask for more than that"
+        )
+    return tuple(sorted(order[:dropped]))
+
+
+def drop_layers(model: PreTrainedModel, keep: Sequence[int]) -> PreTrainedModel:
+    """A new model of the same class with only the decoder layers `keep`, in the model's order.
+
+    The configuration loses the dropped layers' entries of its per-layer lists (`PER_LAYER`), and
+    every `layer_idx` is renumbered (the cache is addressed by it), so that the result loads in the
+    plain class. Raises ValueError for layers that do not exist, none at all, and a model whose
+    decoder layers are not found.
+    """
+    name, found = decoder_layers(model)
+    count = len(found)
     kept = sorted(set(keep))
     if not kept or kept[0] < 0 or kept[-1] >= count:
         raise ValueError(f"cannot keep layers {list(keep)}: the model has layers 0 to {count - 1}")
     small = copy.deepcopy(model)
-    name = lists[0][0]
     layers: Any = small.get_submodule(name)
     parent = small.get_submodule(name.rpartition(".")[0])
     setattr(parent, name.rpartition(".")[2], nn.ModuleList([layers[k] for k in kept]))
@@ -147,7 +214,7 @@ def drop_layers(model: PreTrainedModel, keep: Sequence[int]) -> PreTrainedModel:
                 module.layer_idx = index  # type: ignore[assignment]
     new = small.config.get_text_config()
     for key, value in new.to_dict().items():
-        if isinstance(value, list) and len(value) == count and hasattr(new, key):
+        if key in PER_LAYER and isinstance(value, list) and len(value) == count:
             setattr(new, key, [value[k] for k in kept])
     new.num_hidden_layers = len(kept)
     return small
@@ -169,25 +236,53 @@ def check_linear(targets: Sequence[Target]) -> None:
             )
 
 
-def rank_of(values: torch.Tensor, share: float) -> int:
-    """How many of these singular values, largest first, hold `share` of their squared sum."""
-    reached = (values**2).cumsum(0)
-    return len(values) if share >= 1 else int(torch.searchsorted(reached, share * reached[-1])) + 1
+Root = tuple[torch.Tensor, torch.Tensor]
+"""(U, s): the symmetric square root U diag(s) U^T of a damped factor, fp64."""
 
 
+def metric_roots(target: Target, factors: Mapping[str, Factors] | None) -> tuple[Root, Root]:
+    """The square roots of G and A (damped by 1e-4 of their mean eigenvalue) of one target, of the
+    identity without factors.
+    """
+    roots = []
+    for side, n in (("G", target.d_out), ("A", target.d_in)):
+        if factors is None:
+            one = torch.ones(n, dtype=torch.float64, device=target.parameter.device)
+            roots.append((one.diag(), one))
+            continue
+        factor = getattr(factors[target.name], side).double()
+        basis = eigh(factor, f"factor {side} of {target.name}")
+        values = (basis.values + 1e-4 * basis.values.mean()).clamp_min(1e-30).sqrt()
+        roots.append((basis.vectors, values))
+    return roots[0], roots[1]
+
+
+def in_metric(target: Target, roots: tuple[Root, Root]) -> torch.Tensor:
+    """S_G W S_A in the bases of the roots: [d_out, d_in] fp64, with the same singular values."""
+    (U_G, s_G), (U_A, s_A) = roots
+    weight = target.weight.detach().to(U_G)
+    return s_G[:, None] * (U_G.T @ weight @ U_A) * s_A
+
+
+@torch.no_grad()
 def singular_share_for(
-    model: PreTrainedModel, targets: Sequence[Target], parameters: float
+    model: PreTrainedModel,
+    targets: Sequence[Target],
+    parameters: float,
+    factors: Mapping[str, Factors] | None = None,
 ) -> float:
-    """The largest share at which `factorize` without factors leaves at most the share `parameters`
-    of all parameters. Raises ValueError where single ranks are still too many."""
+    """The largest share at which `factorize` with these factors (or none) leaves at most the share
+    `parameters` of all parameters. Raises ValueError where single ranks are still too many."""
     check_linear(targets)
-    spectra = [(t, torch.linalg.svdvals(t.weight.detach().double())) for t in targets]
+    spectra = [
+        (t, torch.linalg.svdvals(in_metric(t, metric_roots(t, factors))) ** 2) for t in targets
+    ]
     everything = count_parameters(model)
 
     def left(share: float) -> float:
         gone = 0
-        for target, values in spectra:
-            sides, rank = target.d_out + target.d_in, rank_of(values, share)
+        for target, squares in spectra:
+            sides, rank = target.d_out + target.d_in, leading(squares, share)
             if pays(target.d_out, target.d_in, rank):
                 gone += target.d_out * target.d_in - rank * sides
         return 1 - gone / everything
@@ -201,7 +296,8 @@ def singular_share_for(
     for _ in range(50):
         middle = (low + high) / 2
         low, high = (middle, high) if left(middle) <= parameters else (low, middle)
-    return low
+    # A step off the edge: another routine's singular values differ in the last digits.
+    return low * (1 - 1e-12)
 
 
 @torch.no_grad()
@@ -227,21 +323,9 @@ def factorize(
     small = copy.deepcopy(model)
     ranks: dict[str, int] = {}
     for target in targets:
-        roots = []
-        for side, n in (("G", target.d_out), ("A", target.d_in)):
-            if factors is None:
-                one = torch.ones(n, dtype=torch.float64, device=target.parameter.device)
-                roots.append((one.diag(), one))
-                continue
-            factor = getattr(factors[target.name], side).double()
-            basis = eigh(factor, f"factor {side} of {target.name}")
-            values = (basis.values + 1e-4 * basis.values.mean()).clamp_min(1e-30).sqrt()
-            roots.append((basis.vectors, values))
-        (U_G, s_G), (U_A, s_A) = roots
-        weight = target.weight.detach().to(U_G)
-        scaled = s_G[:, None] * (U_G.T @ weight @ U_A) * s_A
-        left, values, right = torch.linalg.svd(scaled, full_matrices=False)
-        rank = rank_of(values, share)
+        (U_G, s_G), (U_A, s_A) = roots = metric_roots(target, factors)
+        left, values, right = torch.linalg.svd(in_metric(target, roots), full_matrices=False)
+        rank = leading(values**2, share)
         if not pays(target.d_out, target.d_in, rank):
             continue
         L = U_G @ ((left[:, :rank] * values[:rank]) / s_G[:, None])

@@ -103,7 +103,7 @@ def plan_surgery(
     chosen = {**ranking.settings, **settings}
     if chosen.get("grain") not in (None, "neurons", "weights", "nm"):
         raise ValueError(
-            f"{method}: grain {chosen['grain']!r} is unknown: expected neurons or weights"
+            f"{method}: grain {chosen['grain']!r} is unknown: expected neurons, weights or nm"
         )
     if ranking.needs_memorized and not any(map(is_memorized, factors)):
         raise ValueError(

@@ -83,7 +83,7 @@ class Cut:
     many go.
     """
 
-    kind: Literal["edit", "neurons", "layers", "low_rank"]
+    kind: Literal["edit", "neurons"]
     tensors: dict[str, torch.Tensor]
     removed: int
     total: int
@@ -168,6 +168,14 @@ def edit_targets(operation: Operation, edit: EditOne) -> Cut:
     return Cut("edit", tensors, removed, total)
 
 
+def leading(values: torch.Tensor, share: float) -> int:
+    """How many of the leading entries (descending, non-negative) hold `share` of the sum."""
+    if share >= 1:
+        return len(values)
+    reached = values.double().cumsum(0)
+    return int(torch.searchsorted(reached, share * reached[-1])) + 1
+
+
 def kept_width(width: int, share: float, multiple: int) -> int:
     """Number of neurons that stay: `share` of `width`, rounded down to a multiple.
 
@@ -205,7 +213,8 @@ def rank_neurons(operation: Operation, score: ScoreOne) -> Cut:
         share = operation.strength
         if not operation.settings.get("uniform", True):
             # no layer is left empty
-            share = max(float((scores >= bar).float().mean()), multiple / len(scores))
+            staying = max(int((scores >= bar).sum()), multiple)
+            share = min(staying, len(scores)) / len(scores)
         keep = kept_width(len(scores), share, multiple)
         order = torch.argsort(scores, descending=True, stable=True)
         tensors[f"layers.{layer}.keep"] = order[:keep].sort().values
@@ -226,6 +235,44 @@ def zero_lowest(
         return None, 0, weight.numel()
     lowest = torch.argsort(scores, dim=1, stable=True)[:, :gone]
     return weight.scatter(1, lowest, 0.0), gone * weight.shape[0], weight.numel()
+
+
+def nm_zero(
+    scores: torch.Tensor, weight: torch.Tensor, n: int, m: int
+) -> tuple[torch.Tensor | None, int, int]:
+    """Keep the `n` highest of every `m` neighbours in a row. Raises ValueError where m does not
+    divide the row.
+    """
+    rows, columns = weight.shape
+    if not 0 < n <= m or columns % m:
+        raise ValueError(
+            f"{n}:{m} sparsity does not fit rows of {columns} weights: choose n <= m and m a "
+            "divisor"
+        )
+    if n == m:
+        return None, 0, weight.numel()
+    order = scores.view(rows, columns // m, m).argsort(dim=2, stable=True)[..., : m - n]
+    new = weight.reshape(rows, columns // m, m).scatter(2, order, 0.0)
+    return new.view(rows, columns), order.numel(), weight.numel()
+
+
+def zero_weights(
+    operation: Operation, scores: torch.Tensor, weight: torch.Tensor
+) -> tuple[torch.Tensor | None, int, int]:
+    """Zero the weights with the lowest scores: at `grain` nm all but the `n` highest of every `m`
+    neighbours (whatever the strength), else all but the share `strength` of every row.
+    """
+    settings = operation.settings
+    if settings["grain"] == "nm":
+        return nm_zero(scores, weight, settings["n"], settings["m"])
+    return zero_lowest(scores, weight, operation.strength)
+
+
+def cut_by_grain(operation: Operation, score: ScoreOne, edit: EditOne) -> Cut:
+    """Neurons out by `score`, or single weights out by `edit`: what the setting `grain` says."""
+    if operation.settings["grain"] == "neurons":
+        return rank_neurons(operation, score)
+    return edit_targets(operation, edit)
 
 
 def shares_of(

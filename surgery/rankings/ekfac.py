@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 
 from curvature.targets import Target
-from surgery.rankings.base import Cut, Operation, Ranking, coupled_of, edit_targets
+from surgery.rankings.base import Cut, Operation, Ranking, coupled_of, edit_targets, leading
 from surgery.rankings.kfac import apply_pairs, kept_pairs
 
 
@@ -25,10 +25,8 @@ def kept_mass(scores: torch.Tensor, share: float) -> torch.Tensor:
     """Mask of the fewest entries, largest first, that hold `share` of the total."""
     flat = scores.flatten().double()
     values, order = flat.sort(descending=True, stable=True)
-    reached = values.cumsum(0)
-    needed = int(torch.searchsorted(reached, share * reached[-1])) + 1 if share < 1 else len(flat)
     mask = torch.zeros_like(flat, dtype=torch.bool)
-    mask[order[:needed]] = True
+    mask[order[: leading(values, share)]] = True
     return mask.view_as(scores)
 
 

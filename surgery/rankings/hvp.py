@@ -24,10 +24,9 @@ from surgery.rankings.base import (
     Cut,
     Operation,
     Ranking,
-    edit_targets,
-    rank_neurons,
+    cut_by_grain,
     weight_of,
-    zero_lowest,
+    zero_weights,
 )
 
 SOURCES = ("fisher", "hessian", "ggn")
@@ -75,25 +74,6 @@ def diagonals_on(
     return {key: diagonal.weight.mean.clamp_min(0) for key, diagonal in found.items()}
 
 
-def nm_zero(
-    scores: torch.Tensor, weight: torch.Tensor, n: int, m: int
-) -> tuple[torch.Tensor | None, int, int]:
-    """Keep the `n` highest of every `m` neighbours in a row. Raises ValueError where m does not
-    divide the row.
-    """
-    rows, columns = weight.shape
-    if not 0 < n <= m or columns % m:
-        raise ValueError(
-            f"{n}:{m} sparsity does not fit rows of {columns} weights: choose n <= m and m a "
-            "divisor"
-        )
-    if n == m:
-        return None, 0, weight.numel()
-    order = scores.view(rows, columns // m, m).argsort(dim=2, stable=True)[..., : m - n]
-    new = weight.reshape(rows, columns // m, m).scatter(2, order, 0.0)
-    return new.view(rows, columns), order.numel(), weight.numel()
-
-
 def combined(operation: Operation, keep: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
     """One score from the two saliencies h w^2."""
     margin = operation.settings["margin"]
@@ -123,9 +103,7 @@ def cut(operation: Operation) -> Cut:
     ) -> tuple[torch.Tensor | None, int, int]:
         square = weight**2
         scores = combined(operation, keep[target.name] * square, memory[target.name] * square)
-        if settings["grain"] == "nm":
-            return nm_zero(scores, weight, settings["n"], settings["m"])
-        return zero_lowest(scores, weight, operation.strength)
+        return zero_weights(operation, scores, weight)
 
     def score(operation: Operation, block: MlpBlock) -> torch.Tensor:
         sides = []
@@ -137,7 +115,7 @@ def cut(operation: Operation) -> Cut:
             sides.append(total)
         return combined(operation, *sides)
 
-    return rank_neurons(operation, score) if by_neuron else edit_targets(operation, edit)
+    return cut_by_grain(operation, score, edit)
 
 
 RANKING = Ranking(

@@ -2,7 +2,7 @@
 
 `grain` neurons: |gate_n| |up_n| |down_n| (row, row and column norms; |up_n| |down_n| without a
 gate), the scale of the neuron's contribution, unchanged when scale moves between its matrices.
-`grain` weights: |W_ij| per output row.
+`grain` weights: |W_ij| per output row. `grain` nm: |W_ij|, `n` of every `m` neighbours stay.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ from surgery.rankings.base import (
     Cut,
     Operation,
     Ranking,
-    edit_targets,
-    rank_neurons,
+    cut_by_grain,
     weight_of,
-    zero_lowest,
+    zero_weights,
 )
 
 
@@ -29,13 +28,11 @@ def score(operation: Operation, block: MlpBlock) -> torch.Tensor:
 def edit(
     operation: Operation, target: Target, weight: torch.Tensor
 ) -> tuple[torch.Tensor | None, int, int]:
-    return zero_lowest(weight.abs(), weight, operation.strength)
+    return zero_weights(operation, weight.abs(), weight)
 
 
 def cut(operation: Operation) -> Cut:
-    if operation.settings["grain"] == "weights":
-        return edit_targets(operation, edit)
-    return rank_neurons(operation, score)
+    return cut_by_grain(operation, score, edit)
 
 
 RANKING = Ranking(
@@ -45,5 +42,5 @@ RANKING = Ranking(
     0.6,
     (0.9, 0.3),
     needs_factors=False,
-    settings={"grain": "neurons", "multiple": 1},
+    settings={"grain": "neurons", "n": 2, "m": 4, "multiple": 1},
 )

@@ -1,5 +1,5 @@
-"""`random`: the control that removes neurons (or weights) by lot. `grain`: `neurons` or
-`weights`.
+"""`random`: the control that removes by lot. `grain`: `neurons`, `weights`, or `nm` (`n` of every
+`m` neighbours in a row stay).
 """
 
 from __future__ import annotations
@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 
 from curvature.targets import MlpBlock, Target
-from surgery.rankings.base import Cut, Operation, Ranking, edit_targets, rank_neurons, zero_lowest
+from surgery.rankings.base import Cut, Operation, Ranking, cut_by_grain, zero_weights
 
 
 def score(operation: Operation, block: MlpBlock) -> torch.Tensor:
@@ -18,13 +18,11 @@ def edit(
     operation: Operation, target: Target, weight: torch.Tensor
 ) -> tuple[torch.Tensor | None, int, int]:
     scores = torch.rand(weight.shape, generator=operation.generator(target.name))
-    return zero_lowest(scores.to(weight.device), weight, operation.strength)
+    return zero_weights(operation, scores.to(weight.device), weight)
 
 
 def cut(operation: Operation) -> Cut:
-    if operation.settings["grain"] == "weights":
-        return edit_targets(operation, edit)
-    return rank_neurons(operation, score)
+    return cut_by_grain(operation, score, edit)
 
 
 RANKING = Ranking(
@@ -34,5 +32,5 @@ RANKING = Ranking(
     0.6,
     (0.9, 0.3),
     needs_factors=False,
-    settings={"grain": "neurons", "multiple": 1},
+    settings={"grain": "neurons", "n": 2, "m": 4, "multiple": 1},
 )

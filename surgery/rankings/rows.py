@@ -10,15 +10,7 @@ from __future__ import annotations
 import torch
 
 from curvature.targets import Target
-from surgery.rankings.base import Cut, Operation, Ranking, coupled_of, edit_targets
-
-
-def leading(values: torch.Tensor, share: float) -> int:
-    """How many of the leading entries (descending, non-negative) hold `share` of the sum."""
-    if share >= 1:
-        return len(values)
-    reached = values.double().cumsum(0)
-    return int(torch.searchsorted(reached, share * reached[-1])) + 1
+from surgery.rankings.base import Cut, Operation, Ranking, coupled_of, edit_targets, leading
 
 
 def edit(

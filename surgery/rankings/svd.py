@@ -7,8 +7,7 @@ from __future__ import annotations
 import torch
 
 from curvature.targets import Target
-from surgery.rankings.base import Cut, Operation, Ranking, edit_targets
-from surgery.rankings.rows import leading
+from surgery.rankings.base import Cut, Operation, Ranking, edit_targets, leading
 
 
 def edit(

@@ -1,7 +1,8 @@
 """`wanda`: the control that weighs magnitude with activity, |W_ij| E[a_j^2]^1/2. Source: Sun et al.
 2024 (Wanda).
 
-`grain` weights: lowest weights of every output row go. `grain` neurons: norm of the neuron's column
+`grain` weights: lowest weights of every output row go. `grain` nm: `n` of every `m` neighbours in a
+row stay. `grain` neurons: norm of the neuron's column
 of down times the root mean square of its output.
 """
 
@@ -14,10 +15,9 @@ from surgery.rankings.base import (
     Cut,
     Operation,
     Ranking,
-    edit_targets,
-    rank_neurons,
+    cut_by_grain,
     weight_of,
-    zero_lowest,
+    zero_weights,
 )
 
 
@@ -34,15 +34,11 @@ def score(operation: Operation, block: MlpBlock) -> torch.Tensor:
 def edit(
     operation: Operation, target: Target, weight: torch.Tensor
 ) -> tuple[torch.Tensor | None, int, int]:
-    return zero_lowest(
-        weight.abs() * activity(operation, target).to(weight), weight, operation.strength
-    )
+    return zero_weights(operation, weight.abs() * activity(operation, target).to(weight), weight)
 
 
 def cut(operation: Operation) -> Cut:
-    if operation.settings["grain"] == "weights":
-        return edit_targets(operation, edit)
-    return rank_neurons(operation, score)
+    return cut_by_grain(operation, score, edit)
 
 
 RANKING = Ranking(
@@ -51,5 +47,5 @@ RANKING = Ranking(
     "share of the neurons (or weights) that stays",
     0.6,
     (0.9, 0.3),
-    settings={"grain": "neurons", "multiple": 1},
+    settings={"grain": "neurons", "n": 2, "m": 4, "multiple": 1},
 )

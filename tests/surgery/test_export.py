@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from architectures import build, build_experts, build_with_biases
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaPreTrainedModel, PreTrainedModel
 
 import surgery.export
-from surgery.export import check_exportable, export
+from evals.organism import MODEL
+from surgery.export import check_exportable, converted, export, save_weights
 from surgery.rankings import plan_surgery
 from surgery.shrink import shrink
 
@@ -136,3 +139,86 @@ def test_the_probe_covers_text_and_the_vocabulary(tiny_llama, tokenizer):
     ids = surgery.export.probe_ids(tiny_llama, tokenizer)
     assert ids.shape[0] == 2
     assert int(ids.max()) < tiny_llama.config.vocab_size
+
+
+def patient(name, vocab_size):
+    if name == "organism":
+        return AutoModelForCausalLM.from_pretrained(MODEL, dtype="float32").eval()
+    if name == "DeepseekV3":
+        return build_experts(vocab_size=vocab_size)
+    if name == "GPT2":
+        return build_with_biases(name, vocab_size=vocab_size)
+    # The square root of 24, by which Gemma multiplies its embeddings, is rounded in half precision.
+    return build(name, vocab_size=vocab_size, hidden_size=24, rope_theta=100.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["organism", "Llama", "GPT2", "Gemma3", "DeepseekV3"])
+def test_half_precision_goes_out_as_loading_gives_it_back(name, dtype, tmp_path, tokenizer):
+    """Every buffer, saved or computed, and every weight: what was checked is what loads."""
+    model = patient(name, len(tokenizer))
+    for key, buffer in model.named_buffers():
+        if key.endswith("e_score_correction_bias"):
+            buffer.copy_(torch.tensor([0.1, 0.2, 0.3, 0.4]))
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    export(model, tokenizer, tmp_path / "out", "card", dtype=dtype)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    ours = converted(model, dtype)
+    assert loaded.dtype == ours.dtype == dtype
+    pairs = zip(
+        [*ours.named_parameters(), *ours.named_buffers()],
+        [*loaded.named_parameters(), *loaded.named_buffers()],
+        strict=True,
+    )
+    for (key, mine), (other, theirs) in pairs:
+        assert key == other
+        assert mine.dtype == theirs.dtype, key
+        assert torch.equal(mine, theirs), key
+
+
+def test_what_an_architecture_keeps_in_fp32_stays_so(tmp_path, tiny_llama, tokenizer, monkeypatch):
+    monkeypatch.setattr(LlamaPreTrainedModel, "_keep_in_fp32_modules_strict", ["mlp.*_proj"])
+    model = type(tiny_llama)(tiny_llama.config).eval()
+    export(model, tokenizer, tmp_path / "out", "card", dtype=torch.bfloat16)
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert stored["model.layers.0.mlp.up_proj.weight"].dtype == torch.float32
+    assert stored["model.layers.0.self_attn.q_proj.weight"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("write", ["export", "save_weights"])
+def test_weights_that_a_full_disk_refuses_are_one_sentence(
+    write, tmp_path, tiny_llama, tokenizer, monkeypatch
+):
+    def full(self, folder, **arguments):
+        folder.mkdir(exist_ok=True)
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise SafetensorError("Error while serializing: I/O error: No space left (os error 28)")
+
+    folder = tmp_path / "out"
+    save_weights(tiny_llama, folder)
+    before = contents(folder)
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
+    calls = {
+        "export": lambda: export(tiny_llama, tokenizer, folder, "card", overwrite=True),
+        "save_weights": lambda: save_weights(tiny_llama, folder),
+    }
+    with pytest.raises(OSError, match=r"out could not be written: .*No space left") as caught:
+        calls[write]()
+    assert "\n" not in str(caught.value)
+    assert contents(folder) == before
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_tokenizer_that_a_full_disk_refuses_is_one_sentence(
+    tmp_path, tiny_llama, tokenizer, monkeypatch
+):
+    """The tokenizers library raises a plain Exception then."""
+
+    def full(self, folder, **arguments):
+        raise Exception("No space left on device (os error 28)")
+
+    monkeypatch.setattr(type(tokenizer), "save_pretrained", full)
+    with pytest.raises(OSError, match="out could not be written: No space left"):
+        export(tiny_llama, tokenizer, tmp_path / "out", "card")
+    assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,6 +22,20 @@ def test_round_trip(tmp_path, tiny_llama, targets, factors):
     )
     assert all(torch.equal(again.tensors[k], v) for k, v in plan.tensors.items())
     assert sorted(p.name for p in tmp_path.iterdir()) == ["plan.json", "plan.safetensors"]
+
+
+def test_a_predicted_cost_travels_with_its_plan(tmp_path, tiny_llama):
+    plan = plan_surgery(tiny_llama, "random", {}, strength=0.5)
+    save_plan(replace(plan, predicted_cost={"reasoning": 0.25}), tmp_path)
+    assert load_plan(tmp_path).predicted_cost == {"reasoning": 0.25}
+
+
+def test_a_plan_of_an_unknown_kind_is_refused(tmp_path, tiny_llama):
+    save_plan(plan_surgery(tiny_llama, "random", {}, strength=0.5), tmp_path)
+    record = json.loads((tmp_path / "plan.json").read_text())
+    (tmp_path / "plan.json").write_text(json.dumps({**record, "kind": "low_rank"}))
+    with pytest.raises(ValueError, match="kind 'low_rank', expected edit or neurons"):
+        load_plan(tmp_path)
 
 
 def test_a_plan_for_another_model_is_refused(tiny_llama, targets, factors):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from architectures import build_with_biases
 
 from curvature.targets import select_targets
 from surgery.operate import operate
@@ -92,6 +93,25 @@ def test_a_share_of_an_edit_moves_every_weight_by_that_share(tiny_llama, factors
     part = plan_deltas(tiny_llama, partly(tiny_llama, plan, 0.25))
     for name, delta in whole.items():
         torch.testing.assert_close(part[name], 0.25 * delta, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("architecture", ["Llama", "GPT2"])
+def test_a_share_of_a_plan_of_neurons_moves_down_alone(architecture, tiny_llama, ids):
+    model = tiny_llama if architecture == "Llama" else build_with_biases(architecture)
+    plan = plan_surgery(model, "random", {}, strength=0.5)
+    whole = plan_deltas(model, plan)
+    part = partly(model, plan, 0.25)
+    assert part.kind == "edit"
+    found = plan_deltas(model, part)
+    assert found.keys() == whole.keys()
+    for name, delta in whole.items():
+        torch.testing.assert_close(found[name], 0.25 * delta, rtol=1e-4, atol=1e-7)
+    with torch.no_grad():
+        logits = [
+            operate(model, p, copy_model=True)(input_ids=ids).logits
+            for p in (plan, partly(model, plan, 1.0))
+        ]
+    torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-5)
 
 
 def test_a_prediction_holds_up_to_the_first_miss():

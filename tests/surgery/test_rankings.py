@@ -2,17 +2,17 @@
 
 import pytest
 import torch
+from architectures import build, build_with_biases
 
 from curvature.diagonals import fisher_diagonal
 from curvature.eigenbases import eigenbases
-from curvature.targets import mlp_blocks
+from curvature.targets import mlp_blocks, select_targets
 from surgery.operate import operate
 from surgery.plan import Plan
 from surgery.predict import population_loss
 from surgery.rankings import RANKINGS, plan_surgery
-from surgery.rankings.base import mix_factors
+from surgery.rankings.base import Operation, leading, mix_factors, nm_zero, rank_neurons
 from surgery.rankings.ekfac import kept_mass, marginal
-from surgery.rankings.hvp import nm_zero
 
 
 @pytest.fixture
@@ -120,6 +120,77 @@ def test_kept_mass_is_the_shortest_prefix():
     scores = torch.tensor([[4.0, 1.0], [3.0, 2.0]])
     assert kept_mass(scores, 0.7).tolist() == [[True, False], [True, False]]
     assert kept_mass(scores, 0.71).tolist() == [[True, False], [True, True]]
+
+
+def test_leading_entries():
+    values = torch.tensor([4.0, 3.0, 2.0, 1.0])
+    assert [leading(values, share) for share in (0.0, 0.4, 0.41, 0.7, 0.71, 1.0)] == [
+        1,
+        1,
+        2,
+        2,
+        3,
+        4,
+    ]
+
+
+@pytest.mark.parametrize("width", [700, 1000])
+def test_ragged_widths_keep_every_neuron_above_the_bar(width):
+    blocks = tuple(mlp_blocks(build("Llama", intermediate_size=width)))
+    generator = torch.Generator().manual_seed(0)
+    scores = {block.layer: torch.randn(width, generator=generator) for block in blocks}
+    for strength in torch.linspace(0.2, 0.9, 71).tolist():
+        settings = {"uniform": False, "multiple": 1}
+        operation = Operation(None, (), blocks, {}, {}, strength, 0, settings)
+        cut = rank_neurons(operation, lambda _, block: scores[block.layer])
+        kept = int(strength * 2 * width + 1e-6)
+        bar = torch.cat(list(scores.values())).sort(descending=True).values[kept - 1]
+        for layer, each in scores.items():
+            expected = (each >= bar).nonzero()[:, 0]
+            assert torch.equal(cut.tensors[f"layers.{layer}.keep"], expected)
+
+
+def test_a_multiple_wider_than_a_layer_leaves_it_whole():
+    blocks = tuple(mlp_blocks(build("Llama")))
+    operation = Operation(None, (), blocks, {}, {}, 0.5, 0, {"uniform": False, "multiple": 32})
+    cut = rank_neurons(operation, lambda _, block: torch.arange(24.0))
+    assert cut.removed == 0
+
+
+@pytest.mark.parametrize("method", ["random", "magnitude", "wanda"])
+def test_controls_keep_two_of_four(method, tiny_llama, targets, factors):
+    plan = plan_surgery(tiny_llama, method, factors, targets=targets, grain="nm")
+    assert plan.kind == "edit"
+    assert plan.removed == plan.total / 2
+    lost = {}
+    for target in targets:
+        new, old = plan.tensors[f"{target.name}.weight"], target.weight.detach()
+        stays = new != 0
+        assert (stays.view(target.d_out, -1, 4).sum(2) == 2).all()
+        assert torch.equal(new[stays], old[stays])
+        score = old.abs()
+        if method == "wanda":
+            score = score * factors["reasoning"][target.name].A.diagonal().sqrt()
+        lost[target.name] = score.masked_fill(stays, 0).view(-1, 4).amax(1) <= score.masked_fill(
+            ~stays, torch.inf
+        ).view(-1, 4).amin(1)
+    assert all(map(torch.all, lost.values())) == (method != "random")
+    one = plan_surgery(tiny_llama, method, factors, targets=targets, grain="nm", n=1, m=8)
+    assert one.removed == one.total * 7 / 8
+    with pytest.raises(ValueError, match="does not fit"):
+        plan_surgery(tiny_llama, method, factors, targets=targets, grain="nm", m=5)
+
+
+@pytest.mark.parametrize("method", ["random", "magnitude"])
+def test_two_of_four_of_a_transposed_matrix(method):
+    """GPT-2 stores its matrices the other way round; neighbours are of a row all the same."""
+    model = build_with_biases("GPT2")
+    targets = select_targets(model)
+    plan = plan_surgery(model, method, {}, targets=targets, grain="nm")
+    edited = operate(model, plan, copy_model=True)
+    for target in select_targets(edited):
+        stays = (target.weight != 0).reshape(target.d_out, -1, 4)
+        assert (stays.sum(2) == 2).all()
 
 
 def test_two_of_four():

@@ -1,4 +1,6 @@
+import pytest
 import torch
+from architectures import WITH_BIASES, build, build_with_biases
 
 from curvature.populations import batches
 from curvature.targets import mlp_blocks
@@ -111,3 +113,90 @@ def test_the_mean_output_of_removed_neurons_goes_into_the_bias(tiny_llama, token
     assert small.config.mlp_bias
     assert all(block.down.bias.abs().max() > 0 for block in mlp_blocks(small))
     assert distances[1] < distances[0]
+
+
+@torch.no_grad()
+def test_without_columns_only_the_mean_output_goes_into_the_bias(tiny_llama, tokenizer, reasoning):
+    rows = list(batches(reasoning, tokenizer, width=96, batch_size=16))
+    plan = plan_surgery(tiny_llama, "random", {}, strength=0.5)
+    small = with_mlp_bias(shrink(tiny_llama, plan))
+    before = {k: v.clone() for k, v in small.state_dict().items()}
+    refit_in_order(small, tiny_llama, lambda: rows, columns=False)
+    after = small.state_dict()
+    changed = {k for k, v in before.items() if not torch.equal(v, after[k])}
+    assert changed == {f"model.layers.{n}.mlp.down_proj.bias" for n in (0, 1)}
+    # In the first layer that is what the removed neurons gave on average.
+    seen = []
+    down = mlp_blocks(tiny_llama)[0].down
+    handle = down.module.register_forward_hook(
+        lambda module, inputs, output: seen.append(inputs[0])
+    )
+    for row in rows:
+        tiny_llama(input_ids=row.ids, attention_mask=row.mask)
+    handle.remove()
+    mean = torch.cat([a[row.mask.bool()] for a, row in zip(seen, rows)]).double().mean(0)
+    gone = torch.ones(24, dtype=torch.bool)
+    gone[plan.tensors["layers.0.keep"]] = False
+    expected = down.weight[:, gone].double() @ mean[gone]
+    assert expected.abs().max() > 1e-6
+    torch.testing.assert_close(
+        mlp_blocks(small)[0].down.bias.double(), expected, rtol=1e-4, atol=1e-9
+    )
+
+
+def test_without_columns_a_bias_is_needed(tiny_llama, tokenizer, reasoning):
+    rows = list(batches(reasoning, tokenizer, width=96, batch_size=16))
+    with pytest.raises(ValueError, match="has no bias to fit"):
+        refit_in_order(tiny_llama, tiny_llama, lambda: rows, columns=False)
+
+
+@pytest.mark.parametrize("architecture", WITH_BIASES)
+def test_a_model_with_mlp_biases_needs_no_more(architecture):
+    model = build_with_biases(architecture)
+    same = with_mlp_bias(model)
+    assert same is not model
+    assert same.state_dict().keys() == model.state_dict().keys()
+    assert not hasattr(same.config, "mlp_bias")
+    with pytest.raises(ValueError, match="no MLP biases"):
+        with_mlp_bias(build("Qwen3"))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("columns", [True, False])
+@pytest.mark.parametrize(
+    ("architecture", "settings"),
+    [*((name, {}) for name in WITH_BIASES), ("OPT", {"do_layer_norm_before": False})],
+)
+def test_refit_in_order_repairs_models_with_biases(
+    architecture, settings, columns, tokenizer, reasoning
+):
+    rows = list(batches(reasoning, tokenizer, width=96, batch_size=16))
+    model = build_with_biases(architecture, vocab_size=len(tokenizer), **settings)
+    small = shrink(model, plan_surgery(model, "random", {}, strength=0.6))
+
+    def distances():
+        valid = rows[0].mask.bool()
+        both = (
+            m(input_ids=rows[0].ids, attention_mask=rows[0].mask, output_hidden_states=True)
+            for m in (model, small)
+        )
+        a, b = ((x.hidden_states[1][valid], x.logits[valid]) for x in both)
+        return [float((p - q).pow(2).mean()) for p, q in zip(a, b)]
+
+    before = distances()
+    refit_in_order(small, model, lambda: rows, columns=columns)
+    after = distances()
+    assert all(left < (0.7 if columns else 0.9) * was for left, was in zip(after, before))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("before", [True, False])
+def test_the_stream_is_repaired_only_where_no_norm_follows(before, tokenizer, reasoning):
+    rows = list(batches(reasoning, tokenizer, width=96, batch_size=16))
+    model = build_with_biases("OPT", vocab_size=len(tokenizer), do_layer_norm_before=before)
+    plan = plan_surgery(model, "random", {}, strength=0.6)
+    chosen, without = shrink(model, plan), shrink(model, plan)
+    refit_in_order(chosen, model, lambda: rows)
+    refit_in_order(without, model, lambda: rows, stream=False)
+    same = [torch.equal(p, q) for p, q in zip(chosen.parameters(), without.parameters())]
+    assert all(same) != before

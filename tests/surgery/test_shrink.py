@@ -5,14 +5,15 @@ anywhere.
 import pytest
 import torch
 import transformers
-from architectures import ARCHITECTURES, build
+from architectures import ARCHITECTURES, WITH_BIASES, build, build_with_biases
 
 from curvature.artifacts import model_sha256
 from curvature.targets import count_parameters, mlp_blocks
 from surgery.operate import operate
 from surgery.plan import Plan
 from surgery.rankings import plan_surgery
-from surgery.shrink import shrink
+from surgery.repair import with_mlp_bias
+from surgery.shrink import neurons_for, shrink
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -87,3 +88,26 @@ def test_an_edit_does_not_shrink(tiny_llama, targets, factors):
 def test_widths_are_rounded_down_to_the_multiple(tiny_llama):
     plan = plan_surgery(tiny_llama, "random", {}, strength=0.6, multiple=4)
     assert len(plan.tensors["layers.0.keep"]) == 12
+
+
+def test_biases_that_will_be_added_count():
+    model = build("Llama", vocab_size=20, intermediate_size=96)
+    for goal in (0.8, 0.65, 0.5):
+        keep = neurons_for(model, goal, bias=True)
+        plan = plan_surgery(model, "random", {}, strength=keep)
+        allowed = goal * count_parameters(model)
+        assert count_parameters(with_mlp_bias(shrink(model, plan))) <= allowed
+        one_more = keep + 1 / mlp_blocks(model)[0].neurons
+        plan = plan_surgery(model, "random", {}, strength=one_more)
+        assert count_parameters(with_mlp_bias(shrink(model, plan))) > allowed
+
+
+@pytest.mark.parametrize("architecture", WITH_BIASES)
+def test_biases_that_are_there_count(architecture):
+    model = build_with_biases(architecture, vocab_size=20)
+    goal = 0.9
+    keep = neurons_for(model, goal)
+    assert neurons_for(model, goal, bias=True) == keep
+    small = shrink(model, plan_surgery(model, "random", {}, strength=keep))
+    one = 2 * (2 * 16 + 1) / count_parameters(model)
+    assert goal - one < count_parameters(small) / count_parameters(model) <= goal
