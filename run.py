@@ -47,11 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         recipe = parse(arguments)
         quiet_libraries(recipe.quiet)
-        from curvature.memory import is_out_of_memory
+        from curvature.memory import is_out_of_memory, keep_freed_memory
         from curvature.processes import joined, world
         from curvature.progress import plain_warnings
         from recipes.patient import device_of
 
+        keep_freed_memory()
         with terminable(), plain_warnings(recipe.quiet), joined(device_of(recipe)):
             try:
                 return work_on(recipe)
@@ -192,7 +193,7 @@ def operate_on(asked: Recipe) -> int:
     controls [-> teach -> judge] -> export -> report."""
     from curvature.processes import from_main, is_main
     from recipes.cut import cost_stage, cut_stage, harden_stage, strength_stage
-    from recipes.judge import attack_stage, judge_stage
+    from recipes.judge import attack_stage, controls_of, judge_stage
     from recipes.measure import factors_stage, map_stage, spectrum_stage
     from recipes.patient import fit, load
     from recipes.recipe import check
@@ -228,7 +229,7 @@ def operate_on(asked: Recipe) -> int:
         judge_stage(run, "edited", edited)
         attack_stage(run, "base", patient.model)
         attack_stage(run, "edited", edited)
-        for ranking in recipe.controls:
+        for ranking in controls_of(run):
             control = shrink_stage(run, f"control-{ranking}", patient.model, ranking)
             judge_stage(run, f"control-{ranking}-unhealed", control)
             control = heal_stage(run, f"control-{ranking}-healed", control, patient.model)

@@ -48,6 +48,8 @@ def fitted(
     - keep_neurons: 0.8, or 1 (a dense edit, same size) where the factors of all layers, which
       shrinking needs, exceed the memory.
     - heal_lr, attack_lrs: down with the square root of the size.
+    - harden, heal_tokens, attack_steps: 0 where a training step (26 bytes per parameter on a GPU,
+      32 on a CPU: docs/scale.md) does not fit: a dense edit, judged as it is.
     """
     text = config.get_text_config()
     depth, hidden = int(text.num_hidden_layers), int(text.hidden_size)
@@ -79,6 +81,8 @@ def fitted(
     settings["attack_lrs"] = tuple(float(f"{lr * share:.2g}") for lr in (1e-4, 3e-4, 1e-3))
     heal = min(200_000, settings["factor_tokens"] * 2)
     settings["heal_tokens"] = max(heal, settings["batch_size"] * width)
+    if (26 if gpu else 32) * parameters > free_bytes:
+        settings |= {"harden": 0, "heal_tokens": 0, "attack_steps": 0, "keep_neurons": 1.0}
     return settings
 
 

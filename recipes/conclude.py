@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import platform
 from importlib.metadata import version
@@ -24,6 +25,7 @@ from recipes.judge import control_arms
 from recipes.patient import Run, path_of
 from recipes.recipe import Recipe
 from surgery.export import export
+from surgery.plan import load_plan, save_plan
 
 
 def export_checkpoint(
@@ -67,7 +69,7 @@ def conclude(
             [c for c in curves.get(arm, []) if c.shown != UNRELATED],
             done[arm].value["parameters"] / speed.parameters_base if arm in done else 1.0,
         )
-        for arm in control_arms(r)
+        for arm in control_arms(run)
         if arm in judged
     ]
     exported = (
@@ -124,8 +126,19 @@ def conclude(
         **stored,
     )
     write_samples(run)
+    write_plan(run)
     write_report(run.folder, record)
     return verdict
+
+
+def write_plan(run: Run) -> None:
+    """`plan.json` and `plan.safetensors`: the dense edit with its predicted cost in nats per
+    token, for `surgery.plan.load_plan` and `surgery.operate`."""
+    done = run.stages.done
+    if "cut" in done:
+        cost = {row["name"]: row["predicted"] for row in done["cost"].value}
+        plan = load_plan(done["cut"].folder)
+        save_plan(dataclasses.replace(plan, predicted_cost=cost), run.folder)
 
 
 def values_of(done: dict[str, Stage], prefix: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any, cast
 from torch import nn
 from transformers import PreTrainedModel
 
+from curvature.artifacts import fingerprint
 from curvature.factors import Factors
 from curvature.memory import RowsAtOnce
 from curvature.populations import Population
@@ -20,7 +21,7 @@ from curvature.targets import Target, select_targets
 from evals.judge import judge
 from recipes.measure import ROUND_SHARE, kept_factors, measure, measure_all, plan_dense, strengths
 from recipes.patient import ATTACK_TOKENS, Run
-from recipes.recipe import DAMPINGS, goals_of
+from recipes.recipe import DAMPINGS, Recipe, goals_of
 from surgery.operate import operate
 from surgery.plan import load_plan, save_plan
 from surgery.predict import (
@@ -38,7 +39,9 @@ from surgery.search import Axis, Goals, Outcome, best_layers, miss, objective, s
 
 ROUND_STRENGTHS = (0.005, 0.015, 0.002)
 """Strengths of a round that the search begins with."""
-ROUND_SETTINGS = ("keep_weights", "width", "batch_size", "seed", "targets", "factor_tokens")
+ROUND_SETTINGS = tuple(
+    "keep_weights width batch_size seed targets factor_tokens method_settings".split()
+)
 """What a round depends on beside the cut before it."""
 SECOND_TRIES = 2
 """How often on one path a round that cost too much is made again at half its strength."""
@@ -92,7 +95,7 @@ def strength_stage(run: Run, factors: dict[str, dict[str, Factors]]) -> None:
         {**depends, "batch": r.judge_batch_size},
         lambda _: tune_figures(run, run.patient.model),
     ).value
-    goals = goals_of(r)
+    goals = dense_goals(r)
     result, points = None, []
     # one setting where one is given, and where nothing is recited that a search could make less
     single = r.strength is not None or not recited(run)
@@ -125,7 +128,7 @@ def strength_stage(run: Run, factors: dict[str, dict[str, Factors]]) -> None:
             return min(outcomes, key=lambda o: objective(goals, o))
 
         result = search(
-            dataclasses.replace(goals, shrink=None),
+            goals,
             space,
             evaluate,
             evaluations=evaluations,
@@ -136,7 +139,7 @@ def strength_stage(run: Run, factors: dict[str, dict[str, Factors]]) -> None:
             else None,
             start=start,
             seed=r.seed,
-            key=str(run.stages.done["try-base"].fingerprint),
+            key=search_key(run),
         )
         for candidate in result.candidates:
             if candidate.outcome is not None:
@@ -165,18 +168,36 @@ def strength_stage(run: Run, factors: dict[str, dict[str, Factors]]) -> None:
     run.stages.run("strength", {**depends, "tries": marks, "goals": goals, "of": r.method}, compute)
 
 
+def dense_goals(recipe: Recipe) -> Goals:
+    """The goals that a dense edit can meet: all but a smaller model."""
+    return dataclasses.replace(goals_of(recipe), shrink=None)
+
+
+def search_key(run: Run) -> str:
+    """All that a candidate's outcome depends on beside its settings and the seed: a search of
+    another method or of other matrices does not go on where this one stopped."""
+    names = "method eps rounds layers strength".split()
+    rest = {k: getattr(run.recipe, k) for k in (*names, *ROUND_SETTINGS)}
+    return fingerprint(base=run.stages.done["try-base"].fingerprint, **rest)
+
+
 def miss_of(goals: Goals, point: dict[str, Any], base: dict[str, Any]) -> float:
-    """By how much a candidate misses the goals that a dense edit can meet."""
-    return miss(dataclasses.replace(goals, shrink=None), outcome_of(point, base))
+    """By how much a candidate misses the goals of a dense edit."""
+    return miss(goals, outcome_of(point, base))
 
 
 def placements(run: Run) -> dict[str, str | None]:
     """Layers that the search may choose between, by name: all that the recipe allows, and the half
-    that the layer map favours."""
+    of them that the layer map favours."""
     r = run.recipe
     found = run.stages.done["factors"].value["layers"].get("values", {})
     layers = {int(k): float(v) for k, v in found.items()}
     if r.candidates == 1 or len(layers) < 2 or r.strength is not None:
+        return {"all": r.layers}
+    # the map knows every layer that loses neurons, the edit may be kept to some
+    allowed = {t.layer for t in select_targets(run.patient.model, r.targets, r.layers)}
+    layers = {layer: energy for layer, energy in layers.items() if layer in allowed}
+    if len(layers) < 2:
         return {"all": r.layers}
     best = best_layers(layers, max(1, len(layers) // 2))
     return {"all": r.layers, "half": ",".join(map(str, best))}
@@ -262,7 +283,7 @@ def tries(
             )
 
         damping = f"-eps{eps:g}" if "eps" in settings else ""
-        name = f"try-{r.method}-{where}-{settings['strength']:.3g}{damping}-{attempt}"
+        name = f"try-{r.method}-{where}-{settings['strength']:.10g}{damping}-{attempt}"
         tried.append(run.stages.run(name, depends, compute))
         if r.strength is not None:
             path.append(tried[-1])
@@ -327,6 +348,7 @@ def cut_once(
         lost=lost,
         seed=r.seed,
         eps=eps,
+        **(r.method_settings or {}),
     )
     save_plan(joined(run.patient.model, cut.model, cut.plan, number), folder)
     figures = tune_figures(run, cast("PreTrainedModel", cut.model))
@@ -359,7 +381,7 @@ def harden_stage(run: Run) -> None:
     base, chosen = done["try-base"].value, done["strength"].value["chosen"]
     if not r.harden or not r.in_rounds or not recited(run):
         return
-    goals, where = dataclasses.replace(goals_of(r), forget=None), chosen.get("layers", "all")
+    goals, where = dataclasses.replace(dense_goals(r), forget=None), chosen.get("layers", "all")
     layers = placements(run)[where]
     parts = halves(run.patient.material.memorized)
     before = tried_stage(run)
@@ -409,7 +431,7 @@ def tried_stage(run: Run) -> Stage:
 def hardened(run: Run) -> list[Stage]:
     """The hardening rounds that kept what must be kept."""
     base = run.stages.done["try-base"].value
-    goals = dataclasses.replace(goals_of(run.recipe), forget=None)
+    goals = dataclasses.replace(dense_goals(run.recipe), forget=None)
     found = [s for n, s in run.stages.done.items() if n.startswith("harden-")]
     return [s for s in found if miss_of(goals, s.value, base) == 0]
 
@@ -434,6 +456,7 @@ def tries_once(
             "strength": value,
             "eps": damping,
             **{k: getattr(r, k) for k in ("keep_weights", "seed", "targets", "layers")},
+            "method_settings": r.method_settings if method == r.method else None,
         }
 
         def compute(_: Path, value: float = value) -> Any:
@@ -443,7 +466,7 @@ def tries_once(
             settings = {"method": method, "strength": value, "rounds": 1}
             return settings | ({"eps": damping} if method == "contrast" else {}) | figures
 
-        name = f"try-{method}-{value:.4g}" + ("" if eps is None else f"-eps{eps:g}")
+        name = f"try-{method}-{value:.10g}" + ("" if eps is None else f"-eps{eps:g}")
         done.append(run.stages.run(name, depends, compute))
     return done
 
@@ -460,7 +483,7 @@ def cut_stage(run: Run, factors: dict[str, dict[str, Factors]]) -> PreTrainedMod
         "factors": run.stages.done["factors"].fingerprint,
         "tried": tried[-1].fingerprint if tried else None,
         **settings,
-        **{k: getattr(r, k) for k in ("keep_weights", "seed", "targets")},
+        **{k: getattr(r, k) for k in ("keep_weights", "seed", "targets", "method_settings")},
     }
 
     def compute(folder: Path) -> Any:

@@ -17,7 +17,7 @@ from evals.generation import generate
 from evals.judge import Judgement, judge
 from evals.speed import compare_speed
 from recipes.patient import ATTACK_TOKENS, Run
-from recipes.recipe import Recipe, benchmarks
+from recipes.recipe import benchmarks
 
 
 def judge_stage(run: Run, arm: str, model: PreTrainedModel) -> None:
@@ -79,7 +79,7 @@ def attack_stage(run: Run, arm: str, model: PreTrainedModel) -> None:
     every_rate = arm == "edited" or r.attack_everyone
     memories = dataclasses.replace(material.relearn, name=MEMORIES)
     attacks = [(memories, lr) for lr in (r.attack_lrs if every_rate else (r.middle_lr,))]
-    examined = arm in ("base", "edited", *control_arms(r)[:1])
+    examined = arm in ("base", "edited", *control_arms(run)[:1])
     if examined:
         attacks.append((dataclasses.replace(material.heal, name=UNRELATED), r.middle_lr))
 
@@ -127,9 +127,14 @@ def attack_stage(run: Run, arm: str, model: PreTrainedModel) -> None:
         run.stages.run(f"robustness-{arm}", depends, without_training)
 
 
-def control_arms(recipe: Recipe) -> list[str]:
+def controls_of(run: Run) -> tuple[str, ...]:
+    """The controls that mean something at this size."""
+    return run.recipe.controls_at(run.keep_neurons)
+
+
+def control_arms(run: Run) -> list[str]:
     """Names of the controls as arms of the run."""
-    return [f"control-{name}" for name in recipe.controls]
+    return [f"control-{name}" for name in controls_of(run)]
 
 
 def speed_stage(run: Run, edited: PreTrainedModel) -> None:

@@ -16,14 +16,14 @@ from curvature.capture import pieces
 from curvature.eigenbases import cached_eigenbases
 from curvature.factors import Factors, collect_factors, load_factors, save_factors
 from curvature.forward import Labels
-from curvature.memory import RowsAtOnce
+from curvature.memory import RowsAtOnce, print_line
 from curvature.populations import Population, batches, count_scored
-from curvature.processes import gathered
+from curvature.processes import gathered, is_main
 from curvature.progress import bar
-from curvature.spectra import pyhessian_spectra
+from curvature.spectra import NoRoom, in_float32, pyhessian_spectra
 from curvature.survey import survey
 from curvature.targets import Target, mlp_blocks, select_targets
-from recipes.patient import Run
+from recipes.patient import Run, measured_of
 from surgery.plan import Plan
 from surgery.predict import plan_deltas, predict_cost
 from surgery.rankings import RANKINGS, is_memorized, plan_surgery
@@ -42,7 +42,8 @@ def spectrum_rows(width: int) -> int:
 
 
 def spectrum_stage(run: Run) -> None:
-    """PyHessian on the middle layer's down projection: top eigenvalues, trace and density."""
+    """PyHessian on the middle layer's down projection: top eigenvalues, trace and density. A model
+    in half precision is copied to float32 for it; where that does not fit the stage is skipped."""
     if not run.recipe.spectrum:
         return
     r, keep = run.recipe, run.patient.material.keep[0]
@@ -54,21 +55,26 @@ def spectrum_stage(run: Run) -> None:
             keep, run.patient.tokenizer, width=r.width, batch_size=most, tokens=None, seed=r.seed
         )
         batch = next(stream)
-        spectra = RowsAtOnce("spectrum", None, most).run(
-            lambda rows: pyhessian_spectra(
-                run.patient.model,
-                [part for _, part in pieces(batch, rows)],
-                [blocks[len(blocks) // 2].down],
-                top=2,
-                trace_probes=8,
-                density_steps=20,
-                seed=r.seed,
-                progress="spectrum",
+        with in_float32(run.patient.model, [blocks[len(blocks) // 2].down]) as (model, targets):
+            spectra = RowsAtOnce("spectrum", None, most).run(
+                lambda rows: pyhessian_spectra(
+                    model,
+                    [part for _, part in pieces(batch, rows)],
+                    targets,
+                    top=2,
+                    trace_probes=8,
+                    density_steps=20,
+                    seed=r.seed,
+                    progress="spectrum",
+                )
             )
-        )
         return {name: dataclasses.asdict(spectrum) for name, spectrum in spectra.items()}
 
-    run.stages.run("spectrum", {**run.source, "width": r.width, "seed": r.seed}, compute)
+    try:
+        run.stages.run("spectrum", {**run.source, "width": r.width, "seed": r.seed}, compute)
+    except NoRoom as error:
+        if is_main():
+            print_line(f"the stage spectrum is left out: {error}")
 
 
 def factors_stage(
@@ -117,8 +123,10 @@ def factors_stage(
         if not memorized:
             return found
         bases = cached_eigenbases(bases_folder(folder), kept_factors(factors, r.keep_weights))
+        # the lists are samples: a share of the curvature needs the sum of all
         spectra = {
             n: {"A": spread(b.A.values.flip(0).tolist()), "G": spread(b.G.values.flip(0).tolist())}
+            | {f"{k}_total": float(getattr(b, k).values.clamp_min(0).sum()) for k in "AG"}
             for n, b in bases.items()
         }
         return found | {
@@ -236,11 +244,8 @@ def map_stage(run: Run, factors: dict[str, dict[str, Factors]]) -> None:
 
 
 def measured_targets(run: Run, model: PreTrainedModel) -> list[Target]:
-    """What the edit changes and, where neurons go, every MLP matrix: shrinking is uniform."""
-    chosen = select_targets(model, run.recipe.targets, run.recipe.layers)
-    if run.keep_neurons < 1:
-        chosen += select_targets(model, ("mlp",))
-    return list({target.name: target for target in chosen}.values())
+    """What is measured of this run's models, whatever their size."""
+    return measured_of(run.recipe, model, shrinks=run.keep_neurons < 1)
 
 
 def factors_file(folder: Path, population: str) -> Path:
@@ -291,6 +296,11 @@ def plan_dense(
     r, model = run.recipe, run.patient.model
     damping = r.damping if eps is None else eps
     settings: dict[str, Any] = {"eps": damping} if method == "contrast" else {}
+    if r.eps is not None and "eps" in RANKINGS[method].settings:
+        settings["eps"] = damping
+    if method == r.method:
+        settings |= r.method_settings or {}
+    targets = select_targets(model, r.targets, layers)
     return plan_surgery(
         model,
         method,
@@ -298,7 +308,8 @@ def plan_dense(
         strength=strength,
         seed=r.seed,
         keep=r.keep_weights,
-        targets=select_targets(model, r.targets, layers),
+        targets=targets,
+        layers=sorted({t.layer for t in targets if t.layer is not None}),
         populations=populations_of(run),
         tokenizer=run.patient.tokenizer,
         model_hash=run.patient.sha256,
@@ -321,7 +332,7 @@ def prediction_stage(run: Run, factors: dict[str, dict[str, Factors]]) -> list[d
     if r.method == "none":
         raise ValueError("--plan-only needs a method: there is nothing to predict for none")
     values = [r.strength] if r.strength is not None else strengths(RANKINGS[r.method], 4)
-    names = ("method", "strength", "eps", "keep_weights", "cost_tokens", "width", "batch_size")
+    names = "method strength eps method_settings keep_weights cost_tokens width batch_size".split()
     depends = {"factors": run.stages.done["factors"].fingerprint, "seed": r.seed}
     depends |= {k: getattr(r, k) for k in names}
 

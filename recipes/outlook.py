@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from curvature.memory import RowsAtOnce
 from curvature.populations import Population, batches
@@ -15,7 +16,7 @@ from curvature.targets import count_parameters, mlp_blocks
 from evals.evalset import EvalSet, Material
 from recipes.cut import HARDEN_STEPS
 from recipes.measure import ROUND_SHARE, spectrum_rows
-from recipes.patient import ATTACK_TOKENS
+from recipes.patient import ATTACK_TOKENS, share_kept
 from recipes.recipe import Recipe
 
 TRAIN = 3.9
@@ -85,11 +86,13 @@ def eigen_tokens(model: nn.Module) -> float:
     return sum(9.0 * n**3 for n in sides) / EIGEN / (2.0 * parameters)
 
 
-def expected_tokens(recipe: Recipe, model: nn.Module, tokenizer: Any, material: Material) -> dict:
+def expected_tokens(
+    recipe: Recipe, model: PreTrainedModel, tokenizer: Any, material: Material
+) -> dict:
     """Stage -> tokens of a forward pass that take as long, counted from the texts: what is read
     how often, and what a reading costs."""
-    r = recipe
-    shrinks = r.neurons_kept < 1 or r.shrink is not None
+    r, stays = recipe, share_kept(recipe, model)
+    shrinks, controls = stays < 1, len(r.controls_at(stays))
     keep, gone = material.keep, material.memorized
 
     budget = max(r.factor_tokens, r.map_tokens, r.cost_tokens)
@@ -110,8 +113,7 @@ def expected_tokens(recipe: Recipe, model: nn.Module, tokenizer: Any, material: 
 
     # what is smaller is read and trained faster
     inside = sum(t.parameters for block in blocks for t in block.targets)
-    kept = 1 - (1 - r.neurons_kept) * inside / count_parameters(model) if shrinks else 1.0
-    kept = kept if r.shrink is None else r.shrink
+    kept = 1 - (1 - stays) * inside / count_parameters(model) if r.shrink is None else r.shrink
 
     test, tune = asked(material.test, tokenizer), asked(material.tune, tokenizer)
     eigen, whole = eigen_tokens(model), read((*keep, *gone))
@@ -138,29 +140,31 @@ def expected_tokens(recipe: Recipe, model: nn.Module, tokenizer: Any, material: 
     out["cost"] = COST * sum(costs) * (candidates > 0)
     if shrinks:
         out["shrink"] = MEASURE * read(keep, ROUND_SHARE)
-        step = TRAIN * kept + (r.heal_teacher > 0)
-        out["heal"] = step * r.heal_tokens * (1 + len(r.controls))
-    small = shrinks + 1 + 2 * len(r.controls)
+    if r.heal_tokens:
+        # a larger model teaches
+        step = TRAIN * kept + (shrinks and r.heal_teacher > 0)
+        out["heal"] = step * r.heal_tokens * (1 + controls)
+    small = shrinks + 1 + 2 * controls
     out["judge"] = (2 + small * kept) * JUDGE * test
     rates = len(r.attack_lrs)
     everyone = rates if r.attack_everyone else 1
     # the base on memories and on unrelated text; the edited model and the controls
-    runs = (everyone + 1) + (rates + 1 + everyone * len(r.controls) + bool(r.controls)) * kept
+    runs = (everyone + 1) + (rates + 1 + everyone * controls + bool(controls)) * kept
     headline = [i for i in material.test.memories if i.well_exposed or i.exposure == 0]
     scored = sum(map(len, tokenizer([i.prompt + i.target for i in headline])["input_ids"]))
     if r.attack_steps:
         out["attack"] = runs * (TRAIN * r.attack_steps * ATTACK_TOKENS + 2 * scored)
-        out["robustness"] = (1 + (1 + bool(r.controls)) * kept) * 5 * scored
+        out["robustness"] = (1 + (1 + bool(controls)) * kept) * 5 * scored
     return out
 
 
 def expected_seconds(
-    recipe: Recipe, model: nn.Module, tokenizer: Any, material: Material, speed: float
+    recipe: Recipe, model: PreTrainedModel, tokenizer: Any, material: Material, speed: float
 ) -> float:
     """About how long all stages take. speed: forward tokens per second. It does not know of other
     work on the machine, of cuts that the search gives up early, or of stages that are found."""
     tokens = expected_tokens(recipe, model, tokenizer, material)
-    judged = 4 + 2 * len(recipe.controls)
+    judged = 4 + 2 * len(recipe.controls_at(share_kept(recipe, model)))
     fixed = SECONDS["start"] + SECONDS["judge"] * judged + SECONDS["stage"] * 4 * len(tokens)
     return sum(tokens.values()) / speed + fixed
 
@@ -201,8 +205,10 @@ def outlook(recipe: Any, model: Any, material: Any, seconds: float | None) -> li
             steps.append(f"heal on {r.heal_tokens:,} tokens")
         if r.attack_steps:
             steps.append(f"attack for {r.attack_steps} steps")
-        if r.controls:
-            steps.append(f"do the same to {len(r.controls)} controls ({', '.join(r.controls)})")
+        controls = r.controls_at(share_kept(r, model))
+        if controls:
+            several = "1 control" if len(controls) == 1 else f"{len(controls)} controls"
+            steps.append(f"do the same to {several} ({', '.join(controls)})")
     lines.append(("will", "; ".join(steps)))
     if seconds is not None:
         lines.append(("takes", f"about {duration(seconds)} if nothing is found from before"))

@@ -19,16 +19,23 @@ from curvature.populations import Population, batches, load_population
 from curvature.processes import is_main, world
 from curvature.recitation import recited_and_rest
 from curvature.stages import Stages
-from curvature.targets import mlp_blocks, select_targets
+from curvature.targets import MlpBlock, Target, count_parameters, mlp_blocks, select_targets
 from evals import organism
 from evals.evalset import Material, material_from_files
 from evals.reasoning import check_benchmarks
 from evals.standins import standin_material
 from recipes import context_of, fitted
-from recipes.recipe import Recipe, benchmarks, saved_settings
+from recipes.recipe import (
+    Recipe,
+    benchmarks,
+    goals_of,
+    ranks_neurons,
+    saved_settings,
+    settings_of,
+)
 from surgery.export import check_exportable
-from surgery.rankings.base import shares_of
-from surgery.shrink import check_linear
+from surgery.rankings.base import kept_width, nm_zero, shares_of
+from surgery.shrink import added_biases, check_linear, decoder_layers, neurons_for, pays
 
 ORGANISM = "organism"
 """Name of the embedded patient."""
@@ -68,13 +75,8 @@ class Run:
 
     @property
     def keep_neurons(self) -> float:
-        """Share of the neurons that stays: what the goal `shrink` asks for, else as given."""
-        from surgery.shrink import neurons_for
-
-        r = self.recipe
-        if r.shrink is not None:
-            return neurons_for(self.patient.model, r.shrink)
-        return r.neurons_kept
+        """Share of the neurons (of the layers, where they go whole) that stays."""
+        return share_kept(self.recipe, self.patient.model)
 
     @property
     def source(self) -> dict[str, str]:
@@ -134,16 +136,36 @@ def fit(recipe: Recipe) -> Recipe:
     )
     if isinstance(began, dict) and began.get("model") == recipe.model:
         settings = {k: began.get(k, v) for k, v in settings.items()}
-    known = {f.name for f in dataclasses.fields(Recipe)} - set(recipe.stated)
+    known = {f.name for f in dataclasses.fields(Recipe)} - {*recipe.stated, *recipe.no_use}
     return dataclasses.replace(recipe, **{k: v for k, v in settings.items() if k in known})
 
 
-def work_of(recipe: Recipe) -> Work:
-    """The size of the job, for the estimate of memory and time."""
-    r = recipe
-    arms, kept = 3 + 2 * len(r.controls), r.neurons_kept
-    rates = len(r.attack_lrs)
-    runs = 1 + rates + (2 + len(r.controls)) * (rates if r.attack_everyone else 1) + 2
+def share_kept(recipe: Recipe, model: PreTrainedModel) -> float:
+    """Share of the neurons that stays (of the layers, where they go whole): what the goal `shrink`
+    asks for, else as given. model: the patient, or its shape without weights."""
+    if recipe.shrink is None:
+        return recipe.neurons_kept
+    if recipe.shape == "layers":
+        inside = sum(map(count_parameters, decoder_layers(model)[1]))
+        return 1 - (1 - recipe.shrink) * count_parameters(model) / inside
+    return neurons_for(model, recipe.shrink, bias=recipe.bias)
+
+
+def measured_of(recipe: Recipe, model: PreTrainedModel, *, shrinks: bool) -> list[Target]:
+    """What the edit changes and, where the model shrinks, every MLP matrix: each once."""
+    chosen = select_targets(model, recipe.targets, recipe.layers)
+    if shrinks:
+        chosen += select_targets(model, ("mlp",))
+    return list({target.name: target for target in chosen}.values())
+
+
+def work_of(recipe: Recipe, model: PreTrainedModel) -> Work:
+    """The size of the job, for the estimate of memory and time. model: the patient, or its shape
+    without weights."""
+    r, kept = recipe, share_kept(recipe, model)
+    controls = len(r.controls_at(kept))
+    arms, rates = 3 + 2 * controls, len(r.attack_lrs)
+    runs = 1 + rates + (2 + controls) * (rates if r.attack_everyone else 1) + 2
     attacked = runs * r.attack_steps * ATTACK_TOKENS
     return Work(
         width=r.width,
@@ -151,10 +173,10 @@ def work_of(recipe: Recipe) -> Work:
         judge_batch_size=r.judge_batch_size,
         populations=5 if is_organism(r) else 3,
         factor_tokens=r.factor_tokens,
-        trained_tokens=attacked + (1 + len(r.controls)) * r.heal_tokens,
+        trained_tokens=attacked + (1 + controls) * r.heal_tokens,
         judged_tokens=(arms + 2 * r.candidates) * 3 * r.problems * r.width,
         keep=kept,
-        trains=bool(r.attack_steps or (r.heal_tokens and kept < 1)),
+        trains=bool(r.attack_steps or r.heal_tokens or (r.in_rounds and r.harden)),
     )
 
 
@@ -164,11 +186,8 @@ def look_for_room(recipe: Recipe, path: str | Path, device: str) -> dict[str, An
     config, shape = read_shape(path, recipe.trust_remote_code)
     dtype = torch.float32 if device == "cpu" else config.dtype or torch.float32
     shape.to(dtype)  # type: ignore[arg-type]
-    chosen = select_targets(shape, recipe.targets, recipe.layers)
-    work = work_of(recipe)
-    if work.keep < 1:
-        chosen += select_targets(shape, ("mlp",))
-    needed = estimate(shape, list({t.name: t for t in chosen}.values()), work)
+    targets = measured_of(recipe, shape, shrinks=share_kept(recipe, shape) < 1)
+    needed = estimate(shape, targets, work_of(recipe, shape))
     free = room(device, str(recipe.out))
     if is_main() and not recipe.quiet:
         print(report(needed, free), flush=True)
@@ -193,6 +212,82 @@ def load_model(
     return model.eval(), tokenizer, dtype
 
 
+def check_operation(recipe: Recipe, model: PreTrainedModel) -> None:
+    """Raise ValueError for what cannot be done to a model of this shape. model: the patient, or its
+    shape without weights."""
+    check_targets(recipe, model)
+    blocks = mlp_blocks(model, recipe.layers)
+    if "svd" in recipe.controls or recipe.shape == "low-rank":
+        check_linear([t for block in blocks for t in block.targets])
+    check_method(recipe, select_targets(model, recipe.targets, recipe.layers), blocks)
+    if recipe.shrink is not None:
+        goals_of(recipe).check(smallest=what_stays(recipe, model))
+    share = share_kept(recipe, model)
+    if share < 1 and recipe.shape in ("uniform", "ragged"):
+        for block in mlp_blocks(model):
+            kept_width(block.neurons, share, recipe.multiple)
+    if recipe.bias and added_biases(model) and not hasattr(model.config, "mlp_bias"):
+        raise ValueError(
+            f"bias: {type(model).__name__} has no biases in its MLPs to hold a mean output: leave "
+            "--bias out"
+        )
+
+
+def check_targets(recipe: Recipe, model: PreTrainedModel) -> None:
+    """Raise ValueError for targets that match nothing, the output head and the embedding."""
+    names = {id(module): name for name, module in model.named_modules()}
+    embedding = names[id(model.get_input_embeddings())]
+    for pattern in recipe.targets:
+        if embedding.rpartition(".")[2] in pattern:
+            raise ValueError(f"targets: {embedding} is the embedding: choose matrices of layers")
+        for target in select_targets(model, (pattern,), recipe.layers):
+            if target.module is model.get_output_embeddings():
+                raise ValueError(
+                    f"targets: {target.name} is the output head: choose matrices of layers"
+                )
+
+
+def check_method(recipe: Recipe, chosen: list[Target], blocks: list[MlpBlock]) -> None:
+    """Raise ValueError where the method works on other matrices than were chosen, or on rows of
+    another length."""
+    settings, names = settings_of(recipe.method, recipe.method_settings), {t.name for t in chosen}
+    grain = settings.get("grain", "neurons")
+    missing = [t.name for block in blocks for t in block.targets if t.name not in names]
+    if ranks_neurons(recipe.method) and grain == "neurons" and missing:
+        raise ValueError(
+            f"method {recipe.method} takes whole neurons and {missing[0]} is no target: add mlp to "
+            "--targets, or choose a method that edits matrices"
+        )
+    if grain == "nm":
+        for target in chosen:
+            row = torch.zeros(1, target.d_in)
+            nm_zero(row, row, settings["n"], settings["m"])
+
+
+def what_stays(recipe: Recipe, model: PreTrainedModel) -> float:
+    """Share of the parameters that no cut of this shape can take away: all outside of the MLPs
+    (low-rank: and one rank of each matrix), or all but the layers that may go."""
+    targets = [t for block in mlp_blocks(model) for t in block.targets]
+    sizes = [t.d_in * t.d_out for t in targets]
+    if recipe.shape == "low-rank":
+        sizes = [
+            s - t.d_in - t.d_out for s, t in zip(sizes, targets) if pays(t.d_out, t.d_in, rank=1)
+        ]
+    if recipe.shape == "layers":
+        sizes = sorted(map(count_parameters, decoder_layers(model)[1]))[1:]
+    return 1 - sum(sizes) / count_parameters(model)
+
+
+def check_weights(recipe: Recipe, keep: list[str]) -> None:
+    """Raise ValueError for weights of the kept populations that name others or leave one out."""
+    shares_of({name: {} for name in keep}, recipe.keep_weights)
+    without = [] if recipe.keep_weights is None else sorted(set(keep) - set(recipe.keep_weights))
+    if without:
+        raise ValueError(
+            f"keep_weights leaves out {', '.join(without)}: give each a weight, 0 for what may go"
+        )
+
+
 def load(recipe: Recipe) -> Patient:
     """The patient and its texts, checked as far as can be known before any long work."""
     of_the_organism = is_organism(recipe)
@@ -202,6 +297,9 @@ def load(recipe: Recipe) -> Patient:
             f"--model {recipe.model} needs both --memorized (text that must go) and --reasoning "
             "(text that must stay), or neither: then built-in texts stand in"
         )
+    if not recipe.evals_only:
+        shape = read_shape(path_of(recipe.patient), recipe.trust_remote_code)[1]
+        check_operation(recipe, shape)
     model, tokenizer, dtype = load_model(recipe)
     # the world's texts are for models of that world: others are asked the built-in ones
     of_the_world = organism.speaks(tokenizer)
@@ -220,10 +318,6 @@ def load(recipe: Recipe) -> Patient:
         )
     if not recipe.evals_only:
         check_exportable(model)
-        select_targets(model, recipe.targets, recipe.layers)
-        blocks = mlp_blocks(model, recipe.layers)
-        if "svd" in recipe.controls or recipe.shape == "low-rank":
-            check_linear([t for block in blocks for t in block.targets])
     seed, size = world_of(recipe) if of_the_organism else (0, 1.0)
     memorized: str | Population = str(recipe.memorized)
     reference: str | Population = recipe.reference or str(recipe.reasoning)
@@ -272,7 +366,7 @@ def load(recipe: Recipe) -> Patient:
             seed=recipe.seed,
         )
     if not recipe.evals_only:
-        shares_of({p.name: {} for p in material.keep}, recipe.keep_weights)
+        check_weights(recipe, [p.name for p in material.keep])
     for population in (*material.keep, *material.memorized):
         # one pass over the tokens raises for a problem that does not fit into a row
         for _ in batches(population, tokenizer, width=recipe.width, batch_size=recipe.batch_size):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,6 +25,35 @@ NOT_SAVED = tuple(
 DAMPINGS = (0.03, 0.1, 0.3)
 """Dampings of `contrast` that a search chooses between: which one suits differs from model to
 model. The first one is taken where nothing is searched."""
+
+
+NO_USE = dict.fromkeys(
+    ("low-rank", "layers"), ("neurons", "neuron_settings", "multiple", "refit", "bias")
+)
+"""Settings that say how neurons go, which a shape that takes none out has no use for."""
+SET_ELSEWHERE = {
+    "method_settings": {"eps": "--eps"},
+    "neuron_settings": {
+        "multiple": "--multiple",
+        "uniform": "--shape",
+        "grain": "neurons that go whole",
+    },
+}
+"""Settings of a ranking that follow from other settings of the recipe."""
+CHOICES = {
+    "grain": ("neurons", "weights", "nm"),
+    "source": ("fisher", "hessian", "ggn"),
+    "mode": ("minus", "ratio"),
+    "metric": ("natural", "flat"),
+    "mixture": ("joint", "separate"),
+    "score": ("depth", "deletion", "refit"),
+}
+"""Words that the settings of rankings know; others are refused by the ranking, after it has
+measured."""
+
+
+HEALING = "healing"
+"""The control from which nothing is taken: the patient, healed."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +87,8 @@ class Recipe:
         batch_size: Rows at once for factors and training.
         judge_batch_size: Items at once for the judge.
         method: Ranking of the dense edit: contrast, kfac, ... or none.
+        method_settings: Settings of the method itself by name, such as {"hard": true}; see
+            surgery/rankings.
         strength: Strength of the edit (of every round); found on the tune split by default.
         rounds: Cuts that `contrast` makes, measured again after every one. With a strength all of
             them are made; without one the tune split says how strong they are and where to stop:
@@ -64,8 +96,9 @@ class Recipe:
             many. 1 for a single cut.
         harden: Further rounds of `contrast` at most, against what a short relearning of half of the
             edit split's memories brings back of the other half.
-        eps: Damping of `contrast`. By default .03; where the search tries several candidates it
-            chooses between .03, .1 and .3.
+        eps: Damping of `contrast`, and where given of any method that has one. By default .03;
+            where the search tries several candidates of `contrast` it chooses between .03, .1 and
+            .3.
         keep_weights: Weights of the kept populations by name (reasoning, reference; on the organism
             reasoning, language, listed knowledge); equal by default. In rounds these are the
             weights to begin with: what loses weighs more in the next one.
@@ -75,7 +108,8 @@ class Recipe:
         shrink: Goal: parameters, as a share of the base, at most; goes before keep_neurons.
         candidates: How many settings the search for the goals may try where no strength is given;
             for `contrast` each is a strength per round and a choice of layers.
-        neurons: Ranking of the neurons that are taken out: neurons, random, magnitude, wanda.
+        neurons: Ranking of the neurons that are taken out: neurons, random, magnitude, wanda, hvp.
+        neuron_settings: Settings of the ranking `neurons` by name, such as {"score": "deletion"}.
         keep_neurons: Share of each layer's neurons that stays, 0.6 by default; 1 leaves the shape
             alone.
         shape: How the model is made smaller: uniform (neurons, one width; loads anywhere), ragged
@@ -94,7 +128,8 @@ class Recipe:
         gate: Strength that keeps the healing's updates off the directions that serve memory; 0 for
             none.
         controls: Neuron rankings that are given the same parameter count, the same refit and the
-            same healing; or `svd`: MLP matrices of low rank instead.
+            same healing; or `svd`: MLP matrices of low rank instead; or `healing`: nothing is taken
+            out (it stands for all of them where the edit keeps every neuron).
         map_tokens: Scored tokens per population for the map of component groups; 0 for no map.
         cost_tokens: Scored tokens per population for the predicted and the measured cost.
         attack_steps: Steps of each relearning attack; 0 for none.
@@ -148,6 +183,7 @@ class Recipe:
     batch_size: int = 16
     judge_batch_size: int = 64
     method: str = "contrast"
+    method_settings: dict[str, Any] | None = None
     strength: float | None = None
     rounds: int = 4
     harden: int = 3
@@ -159,6 +195,7 @@ class Recipe:
     shrink: float | None = None
     candidates: int = 6
     neurons: str = "neurons"
+    neuron_settings: dict[str, Any] | None = None
     keep_neurons: float | None = None
     shape: Literal["uniform", "ragged", "low-rank", "layers"] = "uniform"
     multiple: int = 1
@@ -201,7 +238,12 @@ class Recipe:
         """All that a replay needs, as plain data."""
         values = dataclasses.asdict(self)
         plain = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
-        return {k: v for k, v in plain.items() if k not in NOT_SAVED}
+        return {k: v for k, v in plain.items() if k not in (*NOT_SAVED, *self.no_use)}
+
+    @property
+    def no_use(self) -> tuple[str, ...]:
+        """Settings that the shape has no use for: no part of the recipe."""
+        return NO_USE.get(self.shape, ())
 
     @property
     def patient(self) -> str:
@@ -223,6 +265,13 @@ class Recipe:
         """The damping of `contrast` where no search has chosen another one."""
         return DAMPINGS[0] if self.eps is None else self.eps
 
+    def controls_at(self, keep: float) -> tuple[str, ...]:
+        """The controls that mean something where the share `keep` of the neurons stays: with all of
+        them, each would be the patient, healed, and `healing` stands for them."""
+        if keep < 1:
+            return self.controls
+        return (HEALING,) if self.controls and self.heal_tokens else ()
+
     @property
     def middle_lr(self) -> float:
         """The learning rate of the relearning attack that every arm is given."""
@@ -242,6 +291,7 @@ AT_LEAST = {
     "cost_tokens": 1,
     "map_tokens": 0,
     "rounds": 1,
+    "harden": 0,
     "heal_tokens": 0,
     "attack_steps": 0,
     "seed": 0,
@@ -250,12 +300,31 @@ AT_LEAST = {
 
 def check(recipe: Recipe) -> None:
     """Raise ValueError for settings that cannot be meant."""
+    check_rankings(recipe)
+    check_settings_of(recipe.method, "method_settings", recipe.method_settings)
+    check_settings_of(recipe.neurons, "neuron_settings", recipe.neuron_settings)
+    check_shape(recipe)
+    check_numbers(recipe)
+    goals_of(recipe).check()
+    if recipe.plan_only and recipe.method == "none":
+        raise ValueError("--plan-only needs a method: there is nothing to predict for none")
+
+
+def ranks_neurons(name: str) -> bool:
+    """Whether this ranking can say which neurons go."""
+    from surgery.rankings import RANKINGS
+
+    return name in RANKINGS and "multiple" in RANKINGS[name].settings
+
+
+def check_rankings(recipe: Recipe) -> None:
+    """Raise ValueError for rankings that are unknown or rank something else."""
     from surgery.rankings import RANKINGS
 
     rankings = {
         "method": recipe.method,
         "neurons": recipe.neurons,
-        **{f"controls {c}": c for c in recipe.controls},
+        **{f"controls {c}": c for c in recipe.controls if c != HEALING},
     }
     for setting, name in rankings.items():
         if name not in RANKINGS and not (setting == "method" and name == "none"):
@@ -263,12 +332,82 @@ def check(recipe: Recipe) -> None:
                 f"{setting} {name!r} is unknown: expected one of {', '.join(RANKINGS)}"
             )
     for setting, name in rankings.items():
-        ranks_neurons = name != "none" and "multiple" in RANKINGS[name].settings
-        if setting != "method" and not ranks_neurons and setting != "controls svd":
+        if setting not in ("method", "controls svd") and not ranks_neurons(name):
             raise ValueError(f"{setting}: {name} edits matrices and does not rank neurons")
     if len(set(recipe.controls)) < len(recipe.controls):
         twice = next(c for c in recipe.controls if recipe.controls.count(c) > 1)
         raise ValueError(f"controls names {twice} twice")
+
+
+def settings_of(ranking: str, given: Mapping[str, Any] | None) -> dict[str, Any]:
+    """All settings of a ranking, as they are used; none of `none`."""
+    from surgery.rankings import RANKINGS
+
+    return {**RANKINGS[ranking].settings, **(given or {})} if ranking in RANKINGS else {}
+
+
+def check_settings_of(ranking: str, setting: str, given: Mapping[str, Any] | None) -> None:
+    """Raise ValueError for settings that the ranking does not know, that follow from others or that
+    it could not read. setting: what the recipe calls them."""
+    known, elsewhere = settings_of(ranking, None), SET_ELSEWHERE[setting]
+    for name, value in (given or {}).items():
+        if name in elsewhere:
+            raise ValueError(f"{setting}: {name} follows from {elsewhere[name]}, leave it out")
+        if name not in known:
+            free = ", ".join(k for k in known if k not in elsewhere) or "none"
+            raise ValueError(f"{setting}: {ranking} has no {name}: expected some of {free}")
+        expected = misread(value, known[name], CHOICES.get(name, ()))
+        if expected:
+            raise ValueError(f"{setting} {name} is {value!r}: expected {expected}")
+
+
+def misread(value: Any, default: Any, choices: tuple[str, ...]) -> str:
+    """What a setting of a ranking should have been, where it is of another kind than its default;
+    nothing where it may be meant."""
+    if choices:
+        return "" if value in choices else f"{', '.join(choices[:-1])} or {choices[-1]}"
+    if isinstance(default, bool):
+        return "" if isinstance(value, bool) else "true or false"
+    if default is None and value is None:
+        return ""
+    whole = isinstance(default, int)
+    fits = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+    return "" if fits and abs(value) < math.inf else "a whole number" if whole else "a number"
+
+
+def check_shape(recipe: Recipe) -> None:
+    """Raise ValueError for what the shape would ignore, and for what its ranking cannot do."""
+    ignored = [k for k in recipe.no_use if k in recipe.stated]
+    if ignored:
+        raise ValueError(
+            f"shape {recipe.shape} has no use for {', '.join(ignored)}: leave "
+            f"{'it' if len(ignored) == 1 else 'them'} out, or choose --shape uniform"
+        )
+    settings = settings_of(recipe.neurons, recipe.neuron_settings)
+    if recipe.shape == "ragged" and "uniform" not in settings:
+        raise ValueError(
+            f"shape ragged: neurons {recipe.neurons} gives all layers one width: choose --neurons "
+            "neurons, or --shape uniform"
+        )
+    stated = recipe.neuron_settings or {}
+    if recipe.shape == "ragged" and stated.get("score") == "refit":
+        raise ValueError(
+            "shape ragged: score refit is an order within a layer: choose deletion in "
+            "neuron_settings, or --shape uniform"
+        )
+    again = recipe.neurons == "neurons" and recipe.method != "none"
+    if again and (stated.get("margin") or stated.get("score") == "depth"):
+        name = "margin" if stated.get("margin") else "score depth"
+        raise ValueError(
+            f"neuron_settings {name} asks for what is not measured again after a dense edit: "
+            "leave it out, or give --method none"
+        )
+
+
+def check_numbers(recipe: Recipe) -> None:
+    """Raise ValueError for numbers out of their bounds."""
+    from surgery.rankings import RANKINGS
+
     if 0 < recipe.heal_tokens < recipe.batch_size * recipe.width:
         raise ValueError(
             f"heal_tokens is {recipe.heal_tokens}, less than one step of batch_size "
@@ -278,7 +417,6 @@ def check(recipe: Recipe) -> None:
         raise ValueError(
             f"keep_neurons is {recipe.keep_neurons}: expected a share above 0, at most 1"
         )
-    goals_of(recipe).check()
     for setting, least in AT_LEAST.items():
         if getattr(recipe, setting) < least:
             raise ValueError(f"{setting} is {getattr(recipe, setting)}: expected at least {least}")
@@ -295,9 +433,10 @@ def check(recipe: Recipe) -> None:
         raise ValueError(f"heal_teacher is {recipe.heal_teacher}: expected a share, 0 to 1")
     if recipe.attack_steps and not recipe.attack_lrs:
         raise ValueError("attack_lrs is empty: give a rate, or attack_steps 0 for no attack")
-    for name, weight in (recipe.keep_weights or {}).items():
-        if not 0 <= weight < math.inf:
-            raise ValueError(f"keep_weights {name} is {weight}: expected a number, 0 or more")
+    weights = {f"keep_weights {k}": v for k, v in (recipe.keep_weights or {}).items()}
+    for setting, value in {"gate": recipe.gate, **weights}.items():
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{setting} is {value}: expected a number, 0 or more")
     if recipe.method != "none" and recipe.strength is not None:
         low, high = RANKINGS[recipe.method].bounds
         if not low <= recipe.strength <= high:
@@ -333,7 +472,7 @@ def run_folder(recipe: Recipe) -> Path:
     if file.exists():
         before = saved_settings(file)
         changed = (
-            [k for k in settings if before.get(k) != settings[k]]
+            [k for k in settings if k != "out" and before.get(k) != settings[k]]
             if isinstance(before, dict)
             else ["all"]
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -14,19 +15,33 @@ from curvature.populations import batches
 from curvature.processes import is_main
 from curvature.stages import Stage
 from curvature.targets import count_parameters, mlp_blocks, select_targets
-from recipes.measure import ROUND_SHARE, factors_stage, kept_factors, measure, memorized_factors
+from recipes.measure import (
+    ROUND_SHARE,
+    factors_stage,
+    kept_factors,
+    measure,
+    memorized_factors,
+    populations_of,
+)
 from recipes.patient import Run
+from recipes.recipe import HEALING
 from surgery.export import save_weights
 from surgery.heal import Gate, heal
 from surgery.plan import save_plan
 from surgery.rankings import RANKINGS, plan_surgery
 from surgery.repair import refit, refit_in_order, with_mlp_bias
-from surgery.search import best_layers
-from surgery.shrink import drop_layers, factorize, neurons_for, shrink, singular_share_for
+from surgery.shrink import (
+    drop_layers,
+    factorize,
+    layers_to_drop,
+    neurons_for,
+    shrink,
+    singular_share_for,
+)
 
 
 def saved(model: PreTrainedModel, folder: Path) -> None:
-
+    """Write a stage's model; the first process alone does."""
     if is_main():
         save_weights(model, folder / "model")
 
@@ -46,21 +61,20 @@ def shrink_stage(run: Run, name: str, model: PreTrainedModel, ranking: str) -> P
     """Make the model smaller for good, and refit what stays on the kept populations. Controls lose
     neurons (`svd`: ranks), as many as gives them the parameters of the shrunk model."""
     r = run.recipe
-    if run.keep_neurons == 1:
+    if run.keep_neurons == 1 or ranking == HEALING:
         return model
     control = name != "shrink"
     keep = run.keep_neurons
     if control and r.shape != "uniform":
-        smaller = run.stages.done["shrink"].value["parameters"]
-        keep = neurons_for(model, smaller / count_parameters(model))
+        keep = equal_size(model, run.stages.done["shrink"].value["parameters"])
     unedited = model_sha256(model) == run.patient.sha256
     measured = "factors" if unedited else "factors-after-cut"
     # after the cut only what is kept is measured again: the ranking of neurons asks for no more
     factors = factors_stage(run, measured, model, memorized=unedited)
-    names = ("multiple", "refit", "bias", "seed", "keep_weights")
+    names = ("multiple", "refit", "bias", "seed", "keep_weights", "neuron_settings")
     depends: dict[str, Any] = {"ranking": ranking, "shape": "uniform" if control else r.shape}
     depends["factors"] = run.stages.done[measured].fingerprint
-    depends |= {"keep_neurons": keep}
+    depends |= {"keep_neurons": keep, "shrink": None if control else r.shrink}
     depends |= {k: getattr(r, k) for k in names}
 
     def compute(folder: Path) -> Any:
@@ -68,8 +82,11 @@ def shrink_stage(run: Run, name: str, model: PreTrainedModel, ranking: str) -> P
             smaller = run.stages.done["shrink"].value["parameters"]
             small, record = thinner(model, smaller / count_parameters(model))
         elif control or r.shape in ("uniform", "ragged"):
+            uniform = control or r.shape == "uniform"
+            # a control is the ranking as it is by itself
+            own = {} if control else dict(r.neuron_settings or {})
             small, record = fewer_neurons(
-                run, model, factors, ranking, keep, folder, uniform=control or r.shape == "uniform"
+                run, model, factors, ranking, own, keep, folder, uniform=uniform
             )
         else:
             small, record = other_shape(run, model, factors, keep)
@@ -79,24 +96,43 @@ def shrink_stage(run: Run, name: str, model: PreTrainedModel, ranking: str) -> P
     return reloaded(run, run.stages.run(name, depends, compute))
 
 
+def equal_size(model: PreTrainedModel, parameters: int) -> float:
+    """Share of the neurons with which a control has so many parameters, or, where whole layers went
+    and more lies outside of the MLPs than that, a twentieth of them."""
+    whole = count_parameters(model)
+    inside = sum(t.parameters for block in mlp_blocks(model) for t in block.targets)
+    return neurons_for(model, max(parameters, whole - 0.95 * inside) / whole)
+
+
 def fewer_neurons(
     run: Run,
     model: PreTrainedModel,
     factors: dict[str, dict[str, Factors]],
     ranking: str,
+    own: dict[str, Any],
     keep: float,
     folder: Path,
     *,
     uniform: bool,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The lowest-ranked neurons out, and the rest refitted in closed form."""
+    """The lowest-ranked neurons out, and the rest refitted in closed form. own: settings of the
+    ranking that the recipe gives."""
     r = run.recipe
-    wanted = {"multiple": r.multiple, "grain": "neurons"}
-    settings: dict[str, Any] = {k: v for k, v in wanted.items() if k in RANKINGS[ranking].settings}
+    wanted: dict[str, Any] = {"multiple": r.multiple, "grain": "neurons"}
     if not uniform:
-        settings |= {"uniform": False, "score": "deletion"}
+        wanted |= {"uniform": False, "score": "deletion"}
+    known = RANKINGS[ranking].settings
+    settings = {k: v for k, v in wanted.items() if k in known} | own
     plan = plan_surgery(
-        model, ranking, factors, strength=keep, seed=r.seed, keep=r.keep_weights, **settings
+        model,
+        ranking,
+        factors,
+        strength=keep,
+        seed=r.seed,
+        keep=r.keep_weights,
+        populations=populations_of(run),
+        tokenizer=run.patient.tokenizer,
+        **settings,
     )
     save_plan(plan, folder)
     small = shrink(model, plan, uniform=uniform)
@@ -115,7 +151,7 @@ def fewer_neurons(
                 seed=r.seed,
             )
         ]
-        refit_in_order(small, model, lambda: rows)
+        refit_in_order(small, model, lambda: rows, columns=r.refit)
     return small, {"removed": plan.removed, "total": plan.total, "output_error_left": left}
 
 
@@ -133,15 +169,20 @@ def other_shape(
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Whole layers out (those with the most memory for what is kept), or MLP matrices as products
     of two thin ones where that is smaller."""
+    shrink_to = run.recipe.shrink
     if run.recipe.shape == "layers":
         found = run.stages.done["factors"].value["layers"]["values"]
-        ratios = {int(k): float(v) for k, v in found.items()}
-        count = min(len(ratios) - 1, max(1, round((1 - keep) * len(ratios))))
-        gone = best_layers(ratios, count)
-        stay = [n for n in sorted(ratios) if n not in gone]
-        return drop_layers(model, stay), {"layers_dropped": list(gone)}
+        order = sorted((int(k) for k in found), key=lambda layer: -found[str(layer)])
+        if shrink_to is None:
+            gone = tuple(order[: min(len(order) - 1, max(1, round((1 - keep) * len(order))))])
+        else:
+            gone = layers_to_drop(model, order, shrink_to)
+        stay = [n for n in range(model.config.num_hidden_layers) if n not in gone]
+        return drop_layers(model, stay), {"layers_dropped": sorted(gone)}
     targets = [t for block in mlp_blocks(model) for t in block.targets]
     kept = kept_factors(factors, run.recipe.keep_weights)
+    if shrink_to is not None:
+        keep = singular_share_for(model, targets, shrink_to, kept)
     small, ranks = factorize(model, kept, targets, keep)
     if not ranks:
         raise ValueError(
@@ -165,16 +206,23 @@ def heal_stage(
     taught = r.heal_teacher > 0 and count_parameters(model) < count_parameters(before)
     if taught:
         depends |= {"teacher": model_sha256(before), "heal_teacher": r.heal_teacher}
+    if r.gate:
+        measured = "targets layers factor_tokens keep_weights damping shape".split()
+        depends |= {**run.source, **{k: getattr(r, k) for k in measured}}
 
     def compute(folder: Path) -> Any:
         gate = None
+        # where nothing was taken out, this is the model that others are compared with
+        healed = copy.deepcopy(model) if model is before else model
         if r.gate:
-            targets = select_targets(model, r.targets, r.layers)
-            factors = measure(run, model, targets, f"{name}: gate", ROUND_SHARE)
+            # whole layers out leave the others with other numbers
+            layers = None if r.shape == "layers" else r.layers
+            targets = select_targets(healed, r.targets, layers)
+            factors = measure(run, healed, targets, f"{name}: gate", ROUND_SHARE)
             kept, gone = kept_factors(factors, r.keep_weights), memorized_factors(factors)
             gate = Gate(targets, kept, gone, t=r.gate, eps=r.damping)
         healing = heal(
-            model,
+            healed,
             run.patient.tokenizer,
             population,
             tokens=r.heal_tokens,
@@ -187,7 +235,7 @@ def heal_stage(
             teacher_share=r.heal_teacher,
             progress=name,
         )
-        saved(model, folder)
+        saved(healed, folder)
         return dataclasses.asdict(healing)
 
     return reloaded(run, run.stages.run(name, depends, compute))

@@ -16,9 +16,11 @@ import torch
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from curvature.estimate import GIB, Estimate, Work, estimate, parameters_of
-from curvature.targets import select_targets
+from curvature.estimate import GIB, Estimate, estimate
+from curvature.targets import count_parameters
 from recipes import FOLDER
+from recipes.patient import measured_of, share_kept, work_of
+from recipes.recipe import Recipe
 
 SHAPES: dict[str, dict[str, Any]] = {
     "allenai/OLMo-2-0425-1B": {
@@ -105,25 +107,10 @@ def sized(settings: dict[str, Any], dtype: torch.dtype = torch.bfloat16) -> tupl
     config = AutoConfig.for_model(shape.pop("model_type"), **shape)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    keep = settings.get("keep_neurons", 0.6)
-    targets = select_targets(model, ("mlp",), settings.get("layers"))
-    if keep < 1:
-        targets = select_targets(model, ("mlp",))
-    controls = 1 + len(settings.get("controls", ("random", "magnitude")))
-    attacked = settings.get("attack_steps", 120) * 2048
-    healed = settings.get("heal_tokens", 200_000) if keep < 1 else 0
-    work = Work(
-        width=settings.get("width", 512),
-        batch_size=settings.get("batch_size", 16),
-        judge_batch_size=settings.get("judge_batch_size", 64),
-        populations=3,
-        factor_tokens=settings.get("factor_tokens", 100_000),
-        trained_tokens=controls * (attacked + healed),
-        judged_tokens=20 * 200 * settings.get("width", 512),
-        keep=keep,
-        trains=bool(attacked or healed),
-    )
-    return parameters_of(model), estimate(model, targets, work)
+    recipe = Recipe(**settings)
+    targets = measured_of(recipe, model, shrinks=share_kept(recipe, model) < 1)
+    needed = estimate(model, targets, work_of(recipe, model))
+    return count_parameters(model), needed
 
 
 def line(settings: dict[str, Any]) -> str:
@@ -160,8 +147,8 @@ def main() -> None:
         for name in SHAPES:
             rows = {"model": name, "batch_size": 4, "judge_batch_size": 8}
             whole = sized({**rows, "keep_neurons": 0.8})
-            none = {"keep_neurons": 1.0, "attack_steps": 0, "layers": "10-12"}
-            band = sized({**rows, **none})
+            untrained = {"attack_steps": 0, "heal_tokens": 0, "harden": 0}
+            band = sized({**rows, **untrained, "keep_neurons": 1.0, "layers": "10-12"})
             print(
                 f"| {name} | {whole[0] / 1e9:.2f} B | {whole[1].weights / GIB:.1f} | "
                 f"{whole[1].factors / GIB:.1f} | {band[1].factors / GIB:.1f} | "

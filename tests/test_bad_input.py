@@ -1,6 +1,7 @@
 """What a user can get wrong: each gets one line that names the thing and the way out, the exit
 status 2, before any long work, and leaves nothing behind."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -15,7 +16,9 @@ from safetensors.torch import load_file, save_file
 
 import run
 from curvature.populations import Document, Population, load_population, split_population
-from recipes.recipe import save_recipe
+from recipes.patient import fit, load
+from recipes.recipe import CHOICES, check, run_folder, save_recipe
+from surgery.rankings import RANKINGS, hvp, neurons, plan_surgery
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +73,82 @@ SETTINGS = {
     "target that is no expression": ({"targets": ["(("]}, "not a valid regular expression"),
     "head in a layer": ({"targets": ["lm_head"], "layers": "0"}, "match nothing"),
     "GPU that is not there": ({"device": "cuda"}, "no GPU"),
+    "output head": ({"targets": ["lm_head"]}, "targets: lm_head is the output head"),
+    "embedding": ({"targets": ["embed_tokens"]}, "model.embed_tokens is the embedding"),
+    "embedding among others": ({"targets": ["mlp", "model.embed_tokens"]}, "is the embedding"),
+    "one target of two matches nothing": ({"targets": ["mlp", "atention"]}, "'atention'"),
+    "neurons ranked, attention edited": (
+        {"method": "random", "targets": ["attention"], "keep_neurons": 1.0},
+        "method random takes whole neurons",
+    ),
+    "neurons ranked, parts of them edited": (
+        {"method": "neurons", "targets": ["down_proj"], "keep_neurons": 1.0, "layers": "1"},
+        "model.layers.1.mlp.gate_proj",
+    ),
+    "widths by layer without a comparison": (
+        {"shape": "ragged", "neurons": "magnitude"},
+        "neurons magnitude gives all layers one width",
+    ),
+    "order within a layer for ragged widths": (
+        {"shape": "ragged", "neuron_settings": {"score": "refit"}},
+        "score refit is an order within a layer",
+    ),
+    "negative gate": ({"gate": -1.0}, "gate is -1.0: expected a number, 0 or more"),
+    "negative hardening": ({"harden": -1}, "harden is -1: expected at least 0"),
+    "width that cannot be divided": ({"multiple": 1000}, "multiples of 1000 leaves none"),
+    "ragged width that cannot be divided": (
+        {"multiple": 1000, "shape": "ragged"},
+        "multiples of 1000 leaves none",
+    ),
+    "rows that cannot be divided": (
+        {"method": "hvp", "method_settings": {"grain": "nm", "m": 5}},
+        "2:5 sparsity does not fit rows of 16 weights",
+    ),
+    "smaller than what is not cut": ({"shrink": 0.05}, "shrink 0.05 cannot be met"),
+    "prediction of nothing": ({"plan_only": True, "method": "none"}, "--plan-only needs a method"),
+    "refit of a low rank": ({"shape": "low-rank", "refit": True}, "shape low-rank has no use for"),
+    "ranking for layers": ({"shape": "layers", "neurons": "random"}, "no use for neurons"),
+    "multiple and bias for layers": (
+        {"shape": "layers", "multiple": 4, "bias": True},
+        "no use for multiple, bias",
+    ),
+    "unknown setting of the method": (
+        {"method_settings": {"hardd": True}},
+        "method_settings: contrast has no hardd: expected some of eps_output, hard",
+    ),
+    "settings of a method without any": (
+        {"method": "kfac", "method_settings": {"hard": True}},
+        "kfac has no hard: expected some of none",
+    ),
+    "settings of no method": (
+        {"method": "none", "method_settings": {"hard": True}},
+        "method_settings: none has no hard",
+    ),
+    "damping in two places": ({"method_settings": {"eps": 0.1}}, "eps follows from --eps"),
+    "word as a switch of the method": (
+        {"method_settings": {"hard": "perhaps"}},
+        "method_settings hard is 'perhaps': expected true or false",
+    ),
+    "method that is told nonsense": (
+        {"method_settings": {"mixture": "magic"}},
+        "method_settings mixture is 'magic': expected joint or separate",
+    ),
+    "unknown setting of the neurons": (
+        {"neuron_settings": {"scores": "depth"}},
+        "neuron_settings: neurons has no scores: expected some of score, margin, eps",
+    ),
+    "multiple in two places": (
+        {"neuron_settings": {"multiple": 4}},
+        "multiple follows from --multiple",
+    ),
+    "neurons by memories that are not measured again": (
+        {"neuron_settings": {"margin": 1.0}},
+        "neuron_settings margin",
+    ),
+    "population without a weight": (
+        {"keep_weights": {"reasoning": 4}},
+        "keep_weights leaves out reference",
+    ),
 }
 
 
@@ -278,6 +357,119 @@ def test_folders(files, tmp_path, capsys):
     one_line(refused(tiny.arguments(files, broken), capsys, "run with other settings", broken))
 
 
+def test_biases_where_the_architecture_has_none(tmp_path, capsys):
+    model, out = tiny.write_english(tmp_path / "qwen3", "qwen3"), tmp_path / "out"
+    given_ = ["--model", str(model), "--out", str(out), "--bias", "--device=cpu"]
+    one_line(refused(given_, capsys, "bias: Qwen3ForCausalLM has no biases in its MLPs", out))
+
+
+def test_a_moved_run_goes_on(files, tmp_path):
+    """Where a run lies is no setting of it; all others must match."""
+    recipe = run.parse(tiny.arguments(files, tmp_path / "before"))
+    save_recipe(recipe, run_folder(recipe))
+    moved = dataclasses.replace(recipe, out=str(tmp_path / "after"))
+    (tmp_path / "before").rename(tmp_path / "after")
+    assert run_folder(moved) == tmp_path / "after"
+    with pytest.raises(ValueError, match=r"other settings \(seed\)"):
+        run_folder(dataclasses.replace(moved, seed=7))
+
+
+@pytest.mark.parametrize("shape", ["low-rank", "layers"])
+def test_a_shape_is_replayed_without_what_it_has_no_use_for(shape, files, tmp_path):
+    recipe = fit(run.parse(tiny.arguments(files, tmp_path / "out", shape=shape)))
+    check(recipe)
+    save_recipe(recipe, run_folder(recipe))
+    saved = yaml.safe_load((tmp_path / "out/recipe.yaml").read_text())
+    assert not {"neurons", "neuron_settings", "multiple", "refit", "bias"} & set(saved)
+    again = fit(run.parse([f"--config={tmp_path}/out/recipe.yaml"]))
+    check(again)
+    assert again.settings == recipe.settings
+    assert run_folder(again) == tmp_path / "out"
+
+
+def test_a_multiple_is_fitted_where_neurons_go(tmp_path):
+    files = tiny.write_patient(tmp_path / "wide", intermediate=64)
+    multiples = {
+        shape: fit(run.parse(tiny.arguments(files, tmp_path / "out", shape=shape))).multiple
+        for shape in ("uniform", "ragged", "low-rank", "layers")
+    }
+    assert multiples == {"uniform": 4, "ragged": 4, "low-rank": 1, "layers": 1}
+
+
+@pytest.mark.parametrize("name", [n for n in RANKINGS if RANKINGS[n].needs_factors is False])
+def test_what_is_said_to_rank_neurons_does(name, files, tmp_path):
+    """Every ranking that `check` lets through as `neurons` or as a control gives widths."""
+    recipe = run.parse(tiny.arguments(files, tmp_path / "out", neurons=name, controls=[name]))
+    patient = load(run.parse(tiny.arguments(files, tmp_path / "out")))
+    material = patient.material
+    texts = {p.name: p for p in material.keep} | {"memorized": material.memorized[0]}
+    settings = {"grain": "neurons", "multiple": 4}
+
+    def plan():
+        return plan_surgery(
+            patient.model,
+            name,
+            {},
+            strength=0.5,
+            populations=texts,
+            tokenizer=patient.tokenizer,
+            **settings,
+        )
+
+    if name in ("random", "magnitude", "hvp"):
+        check(recipe)
+        assert {len(v) for k, v in plan().tensors.items() if k.endswith("keep")} == {12}
+        return
+    with pytest.raises(ValueError, match="does not rank neurons"):
+        check(dataclasses.replace(recipe, controls=()))
+    with pytest.raises(ValueError, match="has no setting"):
+        plan()
+
+
+def test_neurons_are_ranked_where_all_of_them_are_measured(files, tmp_path):
+    """A dense edit by a ranking of neurons takes those of the chosen layers, one by a ranking of
+    weights any matrix."""
+    for changes in (
+        {"method": "neurons", "layers": "1"},
+        {"method": "random", "targets": ["mlp", "attention"]},
+        {"method": "random", "targets": ["attention"], "method_settings": {"grain": "weights"}},
+        {"method": "hvp", "targets": ["attention"]},
+    ):
+        recipe = run.parse(tiny.arguments(files, tmp_path / "out", keep_neurons=1.0, **changes))
+        check(recipe)
+        load(recipe)
+
+
+def test_settings_of_a_method_come_through(files, tmp_path):
+    """From the command line into the recipe, into its file and back."""
+    given_ = ["--method-settings", '{"hard": true, "eps_output": 0.2}']
+    given_ += ["--neuron-settings", '{"score": "deletion"}']
+    recipe = run.parse([*tiny.arguments(files, tmp_path / "out"), *given_])
+    check(recipe)
+    assert recipe.method_settings == {"hard": True, "eps_output": 0.2}
+    save_recipe(recipe, run_folder(recipe))
+    again = run.parse([f"--config={tmp_path}/out/recipe.yaml"])
+    assert again.method_settings == recipe.method_settings
+    assert again.neuron_settings == {"score": "deletion"}
+    assert run_folder(again) == tmp_path / "out"
+    with pytest.raises(ValueError, match="method_settings"):
+        run_folder(dataclasses.replace(again, method_settings={"hard": False}))
+
+
+def test_the_words_that_settings_know_are_those_of_the_rankings():
+    """So that a wrong one is refused before anything is measured."""
+    assert (CHOICES["source"], CHOICES["score"]) == (hvp.SOURCES, neurons.SCORES)
+    for name, ranking in RANKINGS.items():
+        for setting, value in ranking.settings.items():
+            if isinstance(value, str):
+                assert value in CHOICES[setting], (name, setting)
+
+
+def test_a_weight_of_nothing_is_a_weight(files, tmp_path):
+    weights = {"reasoning": 4, "reference": 0}
+    load(run.parse(tiny.arguments(files, tmp_path / "out", keep_weights=weights)))
+
+
 def test_the_table_is_long_enough():
     assert len(SETTINGS) + len(TEXTS) + len(MODELS) + len(RECIPES) >= 60
 
@@ -299,6 +491,12 @@ recipes = st.fixed_dictionaries(
         "strength": st.none() | st.floats(0, 1e6),
         "keep_weights": st.none()
         | st.dictionaries(st.sampled_from(["reasoning", "reference"]), st.floats(0, 10)),
+        "method_settings": st.none()
+        | st.dictionaries(
+            st.sampled_from(["hard", "eps_output"]),
+            st.booleans() | st.none() | st.floats(0, 1) | st.integers(0, 9),
+        ),
+        "neuron_settings": st.none() | st.fixed_dictionaries({"score": st.just("depth")}),
         "refit": st.booleans(),
         "spectrum": st.booleans(),
         "seed": st.integers(0, 2**31),

@@ -171,6 +171,18 @@ def test_memory_decides_rows_and_whether_neurons_go():
     assert shape(factor_bytes=10**12)["keep_neurons"] == 1
 
 
+def test_nothing_is_trained_where_a_training_step_does_not_fit():
+    """An 8B model on one GPU of 80 GB is edited and judged; on eight times as much it is healed and
+    attacked, too."""
+    large = {"parameters": 8 * 10**9, "factor_bytes": 10**11, "gpu": True}
+    tight, roomy = shape(**large, free_bytes=80 * 10**9), shape(**large, free_bytes=640 * 10**9)
+    trains = ("harden", "heal_tokens", "attack_steps")
+    assert [tight[name] for name in trains] == [0, 0, 0]
+    assert tight["keep_neurons"] == 1
+    assert roomy["heal_tokens"] > 0
+    assert "harden" not in roomy
+
+
 def test_a_large_model_learns_slowly_and_is_measured_on_less():
     large = shape(parameters=10**9)
     assert large["heal_lr"] < shape(parameters=2 * 10**6)["heal_lr"] <= 1e-3

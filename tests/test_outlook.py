@@ -1,6 +1,7 @@
 """The header's estimate counts what passes through the model, and nothing that is not asked for."""
 
 import dataclasses
+import json
 
 import pytest
 import tiny
@@ -8,9 +9,12 @@ import torch
 
 import run
 from curvature import collect_factors, select_targets
+from recipes import sizes
 from recipes.measure import spectrum_rows
 from recipes.outlook import asked, duration, expected_seconds, expected_tokens, passed
-from recipes.patient import fit, load
+from recipes.patient import fit, load, look_for_room, work_of
+from recipes.recipe import Recipe
+from surgery.shrink import neurons_for
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +72,14 @@ def test_what_is_not_asked_for_takes_no_time(patient):
     assert tokens(spectrum=False)["spectrum"] == 0
     assert tokens(map_tokens=0)["curvature-map"] == 0
     assert tokens(method="none")["cost"] == 0
-    assert "heal" not in tokens(keep_neurons=1.0)
+    assert "heal" not in tokens(heal_tokens=0)
     assert tokens(heal_tokens=2 * recipe.heal_tokens)["heal"] == 2 * plain["heal"]
+    dense = tokens(keep_neurons=1.0)
+    assert "shrink" not in dense
+    assert dense["heal"] > 0, "a dense edit is healed too"
+    assert tokens(keep_neurons=1.0, controls=())["heal"] == dense["heal"] / 2
+    assert tokens(keep_neurons=1.0, controls=("random", "svd"))["heal"] == dense["heal"]
+    assert tokens(shrink=1.0) == dense, "all parameters may stay"
     assert tokens(rounds=3)["search"] > tokens(rounds=2)["search"] > 0
     assert tokens(attack_steps=50)["attack"] > 10 * plain["attack"]
     slow, fast = (expected_seconds(recipe, p.model, p.tokenizer, p.material, s) for s in (10, 1e9))
@@ -100,3 +110,47 @@ def test_the_header_is_quick(patient):
     finally:
         p.model.forward = before
     assert torch.is_grad_enabled()
+
+
+def test_healing_and_hardening_train_whatever_stays(patient):
+    recipe, p = patient
+
+    def trains(**changes):
+        return work_of(dataclasses.replace(recipe, **changes), p.model).trains
+
+    nothing = {"attack_steps": 0, "heal_tokens": 0, "harden": 0, "keep_neurons": 1.0}
+    assert not trains(**nothing)
+    for name, value in (("attack_steps", 1), ("heal_tokens", 400), ("harden", 1)):
+        assert trains(**{**nothing, name: value}), name
+    assert not trains(**{**nothing, "harden": 1, "rounds": 1}), "a single cut is not hardened"
+    assert not trains(**{**nothing, "harden": 1, "method": "kfac"})
+
+
+def test_the_size_of_the_job_follows_the_goal(patient):
+    """`shrink` goes before `keep_neurons`, and a dense edit has one control at most."""
+    recipe, p = patient
+
+    def work(**changes):
+        return work_of(dataclasses.replace(recipe, **changes), p.model)
+
+    assert work(shrink=0.95).keep == neurons_for(p.model, 0.95)
+    assert work(shrink=0.95, keep_neurons=0.1) == work(shrink=0.95)
+    three = ("random", "magnitude", "svd")
+    assert work(keep_neurons=1.0, controls=three) == work(keep_neurons=1.0, controls=three[:1])
+    assert work(controls=three).trained_tokens > work(controls=three[:1]).trained_tokens
+
+
+@pytest.mark.parametrize("settings", [{}, {"keep_neurons": 1.0, "layers": "1"}, {"shrink": 0.95}])
+def test_the_estimate_of_a_recipe_file_is_what_its_run_says(settings, tmp_path, monkeypatch):
+    """`python -m recipes.sizes` and the line before a run."""
+    files = tiny.write_patient(tmp_path)
+    config = json.loads((files / "model/config.json").read_text())
+    names = "model_type hidden_size intermediate_size num_hidden_layers num_attention_heads"
+    names += " num_key_value_heads vocab_size tie_word_embeddings"
+    monkeypatch.setitem(sizes.SHAPES, str(files / "model"), {k: config[k] for k in names.split()})
+    settings = {"model": str(files / "model"), "controls": ["random"], **settings}
+    said = []
+    monkeypatch.setattr("recipes.patient.refuse", lambda needed, free: said.append(needed))
+    recipe = Recipe(**settings, out=str(tmp_path / "out"), quiet=True)
+    look_for_room(recipe, files / "model", "cpu")
+    assert [sizes.sized(settings, torch.float32)[1]] == said

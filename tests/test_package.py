@@ -15,6 +15,7 @@ OFFLINE = ("--no-deps", "--no-build-isolation", "--no-index")
 NEEDED = (
     "run.py",
     "recipes/organism.yaml",
+    "recipes/organism-unlisted.yaml",
     "evals/tasks/organism_sort.yaml",
     "evals/tasks/documents.py",
     "evals/report.html.jinja",
@@ -74,6 +75,17 @@ def test_the_command_finds_its_recipe_away_from_the_checkout(unpacked, tmp_path)
     assert said[0].startswith(str(unpacked))
     assert said[1:4] == ["32", "organism", "0"]
     assert said[4].startswith(str(unpacked))
+
+
+def test_the_recipe_for_what_is_not_listed_keeps_fewer_neurons():
+    import yaml
+
+    folder = ROOT / "recipes"
+    listed, unlisted = (
+        yaml.safe_load((folder / f"{name}.yaml").read_text())
+        for name in ("organism", "organism-unlisted")
+    )
+    assert unlisted == {**listed, "keep_neurons": 0.4}
 
 
 def test_every_import_is_a_dependency():

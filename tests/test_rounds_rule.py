@@ -127,13 +127,15 @@ def test_of_two_points_that_recite_nothing_the_one_further_off_is_chosen():
     assert min((near, far, spent), key=lambda o: objective(Goals(), o)) == far
 
 
-def test_no_near_miss_of_memory_is_worth_a_goal():
+def test_nothing_forgotten_is_worth_a_goal():
     goals = Goals(keep_perplexity=1.01)
     met = Outcome(0.0, 0.98, 1.004, nearly=0.1)
     missed = Outcome(0.0, 0.98, 1.0115, nearly=0.0)
     assert objective(goals, met) < objective(goals, missed)
-    # but one that hardly forgets is not preferred for a hair
-    assert objective(goals, missed) < objective(goals, Outcome(0.9, 1.0, 1.0))
+    # a goal is a promise: whoever wants more forgotten says so with --forget
+    assert objective(goals, Outcome(1.0, 0.0, 1.01, nearly=1.0, others=0.0)) < objective(
+        goals, missed
+    )
 
 
 def test_a_path_doubles_its_strength_and_ends_where_nothing_is_recited(path):
@@ -228,3 +230,25 @@ def test_a_search_chooses_the_damping_that_the_tune_split_prefers(
         assert run.stages.done["strength"].value["chosen"]["eps"] == better
         # each is tried before the search looks for more
         assert seen[:3] == list(DAMPINGS)
+
+
+@pytest.mark.parametrize(
+    ("allowed", "expected"),
+    [(range(6), "0,1,2"), ((4, 5), "5"), ((3,), None)],
+)
+def test_the_search_chooses_among_the_layers_that_the_recipe_allows(monkeypatch, allowed, expected):
+    targets = [SimpleNamespace(layer=layer) for layer in allowed]
+    monkeypatch.setattr(cut, "select_targets", lambda *args: targets)
+    run = run_on(kept("reasoning"), candidates=6, layers="some")
+    energies = {"0": 9.0, "1": 8.0, "2": 7.0, "3": 1.0, "4": 2.0, "5": 3.0}
+    run.stages.done["factors"] = SimpleNamespace(value={"layers": {"values": energies}})
+    assert cut.placements(run) == {"all": "some"} | ({"half": expected} if expected else {})
+
+
+def test_a_search_of_another_method_does_not_go_on_where_this_one_stopped():
+    keys = set()
+    for settings in ({}, {"method": "kfac"}, {"eps": 0.3}, {"rounds": 1}, {"targets": ("all",)}):
+        run = run_on(kept("reasoning"), **settings)
+        run.stages.done["try-base"] = SimpleNamespace(fingerprint="base")
+        keys.add(cut.search_key(run))
+    assert len(keys) == 5

@@ -164,6 +164,53 @@ def test_the_edited_model_teaches_and_never_the_patient(files, tmp_path, monkeyp
     assert teachers == {"heal": None, "control-random-healed": None}
 
 
+def test_healing_leaves_the_patient_as_it_was(files, tmp_path):
+    """Where no neuron goes the controls would all be the patient itself: one stands for them, and
+    it is a healed copy, for the base is what every arm is read beside."""
+    out = tmp_path / "out"
+    quick = {"candidates": 1, "rounds": 1, "attack_steps": 0, "map_tokens": 0}
+    dense = {**quick, "keep_neurons": 1.0, "controls": ["random", "magnitude"], "heal_lr": 0.01}
+    assert run.main(arguments(files, out, **dense)) in (0, 1)
+    results = json.loads((out / "results.json").read_text())
+    assert [c["name"] for c in results["verdict"]["controls"]] == ["healing"]
+    arms = results["arms"]
+    assert arms["control-healing"]["kl"] > 1e-3
+    assert arms["control-healing-unhealed"]["perplexity"] == arms["base"]["perplexity"]
+    none = {**dense, "method": "none", "controls": []}
+    assert run.main(arguments(files, tmp_path / "none", **none)) in (0, 1)
+    results = json.loads((tmp_path / "none" / "results.json").read_text())
+    assert results["arms"]["edited"]["kl"] > 1e-3
+
+
+def test_a_gate_depends_on_what_it_is_measured_on(files, tmp_path, capsys):
+    quick = {"method": "none", "attack_steps": 0, "map_tokens": 0, "controls": [], "gate": 5}
+    out = tmp_path / "out"
+    assert run.main(arguments(files, out, eps=0.03, **quick)) in (0, 1)
+    capsys.readouterr()
+    assert run.main(arguments(files, out, eps=0.9, update=True, **quick)) in (0, 1)
+    assert "running heal" in capsys.readouterr().out
+
+
+def test_the_run_folder_holds_the_plan_with_its_predicted_cost(files, finished):
+    plan = load_plan(finished)
+    cost = json.loads((finished / "results.json").read_text())["cost"]
+    assert plan.predicted_cost == {row["name"]: row["predicted"] for row in cost}
+    model = AutoModelForCausalLM.from_pretrained(files / "model")
+    assert model_sha256(operate(model, plan, copy_model=True)) != model_sha256(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_half_precision_checkpoint_stays_one(files, tmp_path, dtype):
+    half = tmp_path / "half"
+    AutoModelForCausalLM.from_pretrained(files / "model", dtype=dtype).save_pretrained(half)
+    AutoTokenizer.from_pretrained(files / "model").save_pretrained(half)
+    quick = {"candidates": 1, "rounds": 1, "attack_steps": 1, "map_tokens": 0}
+    out = tmp_path / "out"
+    assert run.main(arguments(files, out, model=half, **quick)) in (0, 1)
+    small = AutoModelForCausalLM.from_pretrained(out / "checkpoint", dtype="auto")
+    assert small.dtype == dtype
+
+
 def test_results_hold_the_contract(finished):
     results = json.loads((finished / "results.json").read_text())
     verdict = results["verdict"]
