@@ -700,6 +700,7 @@ def _speed(results: Mapping[str, Any]) -> Speed | None:
 
 def _cards(verdict: Verdict, speed: Speed | None = None) -> list[tuple[str, list[str], str, str]]:
     """(question, statements, headline figure, what it is): the first screen."""
+    count = len(verdict.controls)
     figures = {
         "What was forgotten?": (percent(verdict.recall_share), "of the exact recall is left"),
         "What was kept?": (percent(verdict.reasoning_share), "of the reasoning is left"),
@@ -707,7 +708,7 @@ def _cards(verdict: Verdict, speed: Speed | None = None) -> list[tuple[str, list
             percent(verdict.parameters_share),
             "of the parameters are left",
         ),
-        "Against what?": (str(len(verdict.controls)), "controls of the same size"),
+        "Against what?": (str(count), f"control{'' if count == 1 else 's'} of the same size"),
         "What was taught?": (percent(verdict.hallucination_after), "made-up answers"),
     }
     out = []
