@@ -47,12 +47,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         recipe = parse(arguments)
         quiet_libraries(recipe.quiet)
-        from curvature.memory import is_out_of_memory, keep_freed_memory
+        from curvature.memory import is_out_of_memory
         from curvature.processes import joined, world
         from curvature.progress import plain_warnings
         from recipes.patient import device_of
 
-        keep_freed_memory()
         with terminable(), plain_warnings(recipe.quiet), joined(device_of(recipe)):
             try:
                 return work_on(recipe)

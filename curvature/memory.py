@@ -1,5 +1,4 @@
-"""Memory: what a processor's allocator keeps; out of memory, fewer rows at a time, with
-accelerate's finder, and a word about it.
+"""Out of memory: fewer rows at a time, with accelerate's finder, and a word about it.
 
 Only the rows that stand in memory at once become fewer; which rows belong together, what they sum
 to and how many steps are made stay as the recipe says.
@@ -7,8 +6,6 @@ to and how many steps are made stay as the recipe says.
 
 from __future__ import annotations
 
-import ctypes
-import platform
 import sys
 from collections.abc import Callable
 from typing import TypeVar
@@ -18,23 +15,6 @@ from accelerate.utils.memory import find_executable_batch_size, should_reduce_ba
 from tqdm import tqdm
 
 R = TypeVar("R")
-
-
-KEPT_BYTES, MAPPED_BYTES = 256 << 20, 32 << 20
-"""Freed memory that stays with the process, and the size from which an allocation goes back to the
-kernel at once (the most that glibc allows)."""
-
-
-def keep_freed_memory() -> bool:
-    """Let glibc's allocator keep what activations leave behind, where this process uses it; whether
-    it does. By itself it gives every few MiB back to the kernel, which hands them out again page by
-    page, each filled with zeros: an eighth of a small model's training step on a CPU (`mallopt(3)`,
-    M_TRIM_THRESHOLD and M_MMAP_THRESHOLD). No figure depends on it."""
-    if platform.libc_ver()[0] != "glibc":
-        return False
-    mallopt = ctypes.CDLL(None).mallopt
-    trim, mapped = -1, -3
-    return bool(mallopt(trim, KEPT_BYTES) and mallopt(mapped, MAPPED_BYTES))
 
 
 def is_out_of_memory(error: BaseException) -> bool:
