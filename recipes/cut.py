@@ -173,6 +173,11 @@ def dense_goals(recipe: Recipe) -> Goals:
     return dataclasses.replace(goals_of(recipe), shrink=None)
 
 
+def kept_goals(recipe: Recipe) -> Goals:
+    """Those of them that say what must be kept: what a cut that goes on must not miss."""
+    return dataclasses.replace(dense_goals(recipe), forget=None)
+
+
 def search_key(run: Run) -> str:
     """All that a candidate's outcome depends on beside its settings and the seed: a search of
     another method or of other matrices does not go on where this one stopped."""
@@ -236,7 +241,7 @@ def tries(
             run, factors, r.method, 0, [settings["strength"]], eps=settings.get("eps")
         )
     where, eps = settings.get("layers", "all"), settings.get("eps", r.damping)
-    kept_goals = dataclasses.replace(goals, forget=None)
+    kept = dataclasses.replace(goals, forget=None)
     path: list[Stage] = []
     recalls, strength = [base["recall"]], settings["strength"]
     tried: list[Stage] = []
@@ -288,7 +293,7 @@ def tries(
         if r.strength is not None:
             path.append(tried[-1])
             continue
-        if miss_of(kept_goals, tried[-1].value, base) > 0:
+        if miss_of(kept, tried[-1].value, base) > 0:
             # made again from where it began, half as strong, and never as strong again
             ceiling, strength, spared = strength, strength / 2, spared + 1
             if spared > SECOND_TRIES:
@@ -381,7 +386,7 @@ def harden_stage(run: Run) -> None:
     base, chosen = done["try-base"].value, done["strength"].value["chosen"]
     if not r.harden or not r.in_rounds or not recited(run):
         return
-    goals, where = dataclasses.replace(dense_goals(r), forget=None), chosen.get("layers", "all")
+    goals, where = kept_goals(r), chosen.get("layers", "all")
     layers = placements(run)[where]
     parts = halves(run.patient.material.memorized)
     before = tried_stage(run)
@@ -431,7 +436,7 @@ def tried_stage(run: Run) -> Stage:
 def hardened(run: Run) -> list[Stage]:
     """The hardening rounds that kept what must be kept."""
     base = run.stages.done["try-base"].value
-    goals = dataclasses.replace(dense_goals(run.recipe), forget=None)
+    goals = kept_goals(run.recipe)
     found = [s for n, s in run.stages.done.items() if n.startswith("harden-")]
     return [s for s in found if miss_of(goals, s.value, base) == 0]
 
